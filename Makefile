@@ -1,0 +1,62 @@
+# Each target makes its own virtual environment, installs what it needs once, and runs.
+#   VENV=DIR   where that environment lies; VENV= (empty): use PYTHON as it is, install nothing
+#   ARGS=...   handed to the command: make distill ARGS="quick=true", make test ARGS="-k cka"
+
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+
+ifdef VENV
+run := $(VENV)/bin/
+runtime := $(VENV)/.installed
+test := $(VENV)/.installed-test
+lint := $(VENV)/.installed-lint
+else
+run := $(PYTHON) -m #
+endif
+
+.PHONY: help distill test test-all lint clean
+.NOTPARALLEL:  # two pips in one environment break each other
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
+
+distill: $(runtime)  ## distil a small student from a real teacher, and show what it bought
+	$(run)kdfast distill quickstart $(ARGS)
+
+test: $(test)  ## the tests, without the exhaustive matrix and the GPU tests
+	$(run)pytest $(ARGS)
+
+test-all: $(test)  ## every test; those that need a GPU run where there is one
+	$(run)pytest -m "" $(ARGS)
+
+lint: $(lint)  ## ruff (rules and format) and mypy
+	$(run)ruff check .
+	$(run)ruff format --check .
+	$(run)mypy
+
+clean:  ## remove build outputs and caches; the environment and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find kdfast kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so a failed step is tried again by the next call.
+# torch comes first and the project is built against it, hence no build isolation.
+# No warnings of conflicts: they would be those of the demo's packages, of which only files are read.
+pip := $(VENV)/bin/pip --disable-pip-version-check install --no-warn-conflicts -c constraints.txt
+project := $(pip) --no-build-isolation --editable
+
+$(runtime): pyproject.toml setup.py constraints.txt requirements-demo.txt
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(pip) torch "setuptools>=77" wheel ninja
+	$(pip) --no-deps --requirement requirements-demo.txt
+	$(project) .
+	touch $@
+
+$(test): $(runtime)
+	$(project) ".[test]"
+	$(pip) repsim || echo "repsim needs a C++ compiler; the test that uses it is skipped"
+	touch $@
+
+$(lint): $(runtime)
+	$(project) ".[lint]"
+	touch $@

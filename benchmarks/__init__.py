@@ -1,0 +1,1 @@
+"""The benchmark suite, its baselines, its committed results; installed as `kdfast.benchmarks`."""

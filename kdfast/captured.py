@@ -1,0 +1,64 @@
+"""What one forward pass leaves for the losses: the vocabulary of capture and recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """What made the attention scores of one layer: softmax(scale · query keyᵀ + masks).
+
+    query: [B, H, N, d]; key, value: [B, H_kv, N, d], after any rotary embedding and before dropout.
+    causal, window: the layer's own masks; window keeps |i − j| ≤ window, None keeps all.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    causal: bool = False
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The internals of one forward pass.
+
+    logits: [B, C], or None for a model without a head.
+    hidden_states: L + 1 tensors [B, N, D], the embeddings at 0, layer i at i; empty if not wanted.
+    attention: L layers, layer i at i − 1; empty if not wanted.
+    attention_mask: [B, N], 1 = token, or None when nothing is padded.
+    """
+
+    logits: torch.Tensor | None
+    hidden_states: tuple[torch.Tensor, ...] = ()
+    attention: tuple[LayerAttention, ...] = ()
+    attention_mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a recipe must know of a model before the first batch; classes is None without a head."""
+
+    layers: int
+    width: int
+    heads: int
+    classes: int | None
+    regression: bool = False
+
+    def describe(self) -> str:
+        return f"{self.layers} layers, width {self.width}, {self.heads} heads"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which internals a recipe reads, so that nothing else is captured."""
+
+    hidden_states: bool = False
+    attention: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(self.hidden_states or other.hidden_states, self.attention or other.attention)

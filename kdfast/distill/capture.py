@@ -1,0 +1,397 @@
+"""Teacher and student internals from a transformers model, with SDPA left on.
+
+Attention maps are never asked for (`output_attentions` would force eager attention and N×N memory);
+the queries and keys that make them are. Families that call transformers' attention interface hand
+their queries and keys to a registered function that records them and lets SDPA do the work. The
+others fall back on forward hooks on their query, key and value projections. Which of the two a
+model gets is found by trying: a forward pass of two short sentences, one padded, must give the
+hidden states of eager attention, and softmax(scale · query keyᵀ) must give its maps. A model where
+neither holds (DeBERTa: its scores contain position terms that are no query-key product) is refused
+by name.
+
+Tensors are recorded inside the model's forward, so under mixed precision they keep the model's own
+dtype; what leaves the model through accelerate would come back as fp32, twice the memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import logging as transformers_logging
+
+from kdfast.captured import Captured, LayerAttention, ModelShape, Needs
+from kdfast.errors import InputError
+
+ATTENTION_NAME = "kdfast_sdpa"
+PROJECTION_NAMES = (
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q", "k", "v"),
+)
+
+
+class _Recorder:
+    """Where the attention function and the hooks put what they see while a capture is running."""
+
+    def __init__(self) -> None:
+        self.enabled = False
+        self.attention: list[LayerAttention] = []
+        self.modules: list[nn.Module] = []
+        self.hidden_states: tuple[torch.Tensor, ...] = ()
+
+
+# One for the process: torch.compile can guard a module global, not a context variable. Captures do
+# not nest and models of one process run one after the other.
+_recorder = _Recorder()
+
+
+def _recording_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    if _recorder.enabled:
+        if kwargs.get("position_bias") is not None:
+            raise InputError(
+                f"{type(module).__name__} adds a position bias to its attention scores, which "
+                "queries and keys alone do not give: use a recipe without attention losses"
+            )
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
+        window = kwargs.get("sliding_window")
+        _recorder.attention.append(
+            LayerAttention(
+                query,
+                key,
+                value,
+                scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+                causal=bool(causal),
+                # The module's window counts the token itself; ours is the largest |i − j|.
+                window=None if window is None else window - 1,
+            )
+        )
+        _recorder.modules.append(module)
+    return sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
+    )
+
+
+# Without the mask function of the same name transformers drops padding masks silently.
+AttentionInterface.register(ATTENTION_NAME, _recording_sdpa)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """Layers, width, heads and classes as the configuration states them."""
+    config = model.config.get_text_config()
+    has_head = model.base_model is not model
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        classes=config.num_labels if has_head else None,
+        regression=has_head
+        and (config.num_labels == 1 or getattr(config, "problem_type", None) == "regression"),
+    )
+
+
+class Capture:
+    """Runs a model and returns its outputs with the internals that `needs` names.
+
+    Args:
+        model: a transformers ≥ 5 encoder or decoder, not compiled yet (compile after capturing).
+        needs: what to record.
+
+    Raises:
+        InputError: an encoder-decoder, a compiled model, a model whose configuration already asks
+            for hidden states or attentions (evaluation would keep them all), or, when attention is
+            needed, a model whose maps its queries and keys do not give.
+
+    Calling it runs the model: `outputs, captured = capture(inputs)`. `close()` gives the model its
+    own attention function back.
+    """
+
+    def __init__(self, model: PreTrainedModel, needs: Needs) -> None:
+        name = type(model).__name__
+        if isinstance(model, torch._dynamo.OptimizedModule) or getattr(
+            model, "_compiled_call_impl", None
+        ):
+            raise InputError(
+                f"{name} is already compiled: hooks added now would be ignored; give the plain "
+                "model, and compile it afterwards"
+            )
+        if not isinstance(model, PreTrainedModel):
+            raise InputError(f"model must be a transformers PreTrainedModel, was {name}")
+        if model.config.is_encoder_decoder:
+            raise InputError(
+                f"{name} is an encoder-decoder: only encoders and decoders are captured"
+            )
+        for flag in ("output_hidden_states", "output_attentions"):
+            if getattr(model.config, flag, False):
+                raise InputError(
+                    f"{name}.config.{flag} is set: every evaluation would keep all of them in "
+                    f"memory; set it to False, kdfast asks for what it needs call by call"
+                )
+        self.model = model
+        self.needs = needs
+        self.shape = model_shape(model)
+        self.layers = self.shape.layers
+        self._handles: list[Any] = []
+        # Another capture may hold the model already, such as an earlier trainer's of its teacher.
+        own = model.config._attn_implementation
+        self._own_attention = "sdpa" if own == ATTENTION_NAME else own
+        if needs.attention:
+            self.mechanism = self._install_attention()
+        if needs.hidden_states:
+            # On the inner model: its tensors are still the model's own dtype there, and what the
+            # hook takes away accelerate does not cast to fp32 and the evaluation does not collect.
+            self._handles.append(model.base_model.register_forward_hook(_take_hidden_states))
+
+    def __call__(
+        self, inputs: Mapping[str, Any], forward: Callable[..., Any] | None = None
+    ) -> tuple[Any, Captured]:
+        """Run `forward` (default: the model; a wrapped model such as DDP otherwise) on `inputs`."""
+        with self._recording():
+            kwargs = {"output_hidden_states": True} if self.needs.hidden_states else {}
+            outputs = (self.model if forward is None else forward)(
+                **inputs, return_dict=True, **kwargs
+            )
+            attention = tuple(_recorder.attention)
+            modules = tuple(_recorder.modules)
+            hidden_states = _recorder.hidden_states
+        if self.needs.attention and len(attention) != self.layers:
+            raise RuntimeError(
+                f"captured the queries and keys of {len(attention)} layers where "
+                f"{type(self.model).__name__} has {self.layers}; was its attention implementation "
+                f"changed after capture began (now '{self.model.config._attn_implementation}')?"
+            )
+        if self.needs.hidden_states and len(hidden_states) != self.layers + 1:
+            raise RuntimeError(
+                f"captured {len(hidden_states)} hidden states where {type(self.model).__name__} "
+                f"with {self.layers} layers should give {self.layers + 1}"
+            )
+        if torch.is_grad_enabled():
+            _refuse_detached(modules, attention)
+        captured = Captured(
+            logits=outputs.get("logits"),
+            hidden_states=hidden_states,
+            attention=attention,
+            attention_mask=inputs.get("attention_mask"),
+        )
+        return outputs, captured
+
+    def close(self) -> None:
+        """Remove the hooks and restore the model's own attention function."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.model.config._attn_implementation == ATTENTION_NAME:
+            self.model.set_attn_implementation(self._own_attention)
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        _recorder.enabled = True
+        try:
+            yield
+        finally:
+            _recorder.enabled = False
+            _recorder.attention.clear()
+            _recorder.modules.clear()
+            _recorder.hidden_states = ()
+
+    def _install_attention(self) -> str:
+        """Choose the mechanism that reproduces eager attention on a probe; raise if none does."""
+        model, name = self.model, type(self.model).__name__
+        with _probing(model):
+            inputs = _probe_inputs(model)
+            expected, maps = _eager_attentions(model, inputs)
+            for mechanism, install in (
+                ("interface", self._use_interface),
+                ("hooks", self._use_hooks),
+            ):
+                if install() and self._reproduces(inputs, expected, maps):
+                    return mechanism
+                self.close()
+        raise InputError(
+            f"the attention of {name} cannot be captured: its maps are not "
+            "softmax(scale · query keyᵀ) of the queries and keys it projects (relative positions, "
+            "as in DeBERTa or MPNet, or a fused projection); use a recipe without attention losses "
+            "(hidden states can be captured), or a model of the attention interface (BERT, "
+            "RoBERTa, DistilBERT, ELECTRA, ModernBERT, ...)"
+        )
+
+    def _use_interface(self) -> bool:
+        if not getattr(self.model, "_supports_sdpa", False):
+            return False
+        try:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+        except ValueError:  # families before the attention interface refuse unknown names
+            return False
+        return self.model.config._attn_implementation == ATTENTION_NAME
+
+    def _use_hooks(self) -> bool:
+        attention_modules = [
+            (module, names)
+            for module in self.model.modules()
+            for names in PROJECTION_NAMES
+            if all(isinstance(getattr(module, n, None), nn.Linear) for n in names)
+        ]
+        if len(attention_modules) != self.layers:
+            return False
+        for module, names in attention_modules:
+            self._handles += _hook_projections(module, names, self.shape.heads)
+        return True
+
+    def _reproduces(
+        self,
+        inputs: dict[str, torch.Tensor],
+        expected: torch.Tensor,
+        maps: tuple[torch.Tensor, ...],
+    ) -> bool:
+        """Whether this mechanism gives eager attention's last hidden state and maps."""
+        with self._recording():
+            last = self.model.base_model(**inputs, return_dict=True)[0]
+            attention = tuple(_recorder.attention)
+        if len(attention) != self.layers or len(maps) != self.layers:
+            return False
+        mask = inputs["attention_mask"].bool()
+        tolerance = 1e-3 if last.dtype in (torch.float32, torch.float64) else 5e-2
+        close = bool(
+            ((last - expected)[mask].abs() <= tolerance * (1 + expected[mask].abs())).all()
+        )
+        for layer, eager_map in zip(attention, maps, strict=True):
+            difference = (attention_map(layer, mask) - eager_map).abs()
+            close &= bool(difference.transpose(1, 2)[mask].max() <= tolerance)
+        return close
+
+
+def attention_map(layer: LayerAttention, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The [B, H, N, N] attention probabilities of a captured layer: quadratic, for looking at."""
+    groups = layer.query.shape[1] // layer.key.shape[1]
+    key = layer.key.repeat_interleave(groups, dim=1)
+    scores = layer.query @ key.transpose(-1, -2) * layer.scale
+    n = scores.shape[-1]
+    distance = torch.arange(n, device=scores.device)[:, None] - torch.arange(
+        n, device=scores.device
+    )
+    allowed = torch.ones(n, n, dtype=torch.bool, device=scores.device)
+    if layer.causal:
+        allowed &= distance >= 0
+    if layer.window is not None:
+        allowed &= distance.abs() <= layer.window
+    if attention_mask is not None:
+        allowed = allowed & attention_mask.bool()[:, None, None, :]
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+
+
+def _take_hidden_states(module: nn.Module, args: Any, output: Any) -> None:
+    if _recorder.enabled and output.hidden_states is not None:
+        _recorder.hidden_states = tuple(output.hidden_states)
+        output["hidden_states"] = None
+        output.hidden_states = None
+
+
+def _hook_projections(module: nn.Module, names: tuple[str, str, str], heads: int) -> list[Any]:
+    """Hooks that record a layer's attention when its three projections have been computed."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def record(part: str) -> Callable[..., None]:
+        def hook(projection: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if not _recorder.enabled:
+                return
+            seen[part] = output
+            if len(seen) == 3:
+                width = seen[names[0]].shape[-1] // heads
+                query, key, value = (
+                    seen[n].unflatten(-1, (-1, width)).transpose(1, 2) for n in names
+                )
+                seen.clear()
+                causal = bool(getattr(module, "is_causal", False))
+                _recorder.attention.append(
+                    LayerAttention(query, key, value, scale=width**-0.5, causal=causal)
+                )
+                _recorder.modules.append(module)
+
+        return hook
+
+    return [getattr(module, n).register_forward_hook(record(n)) for n in names]
+
+
+def _refuse_detached(modules: tuple[nn.Module, ...], attention: tuple[LayerAttention, ...]) -> None:
+    """Reentrant checkpointing runs the forward without a graph: the loss would train nothing."""
+    for module, layer in zip(modules, attention, strict=True):
+        trainable = any(p.requires_grad for p in module.parameters())
+        if trainable and module.training and not layer.query.requires_grad:
+            raise RuntimeError(
+                f"the queries captured from {type(module).__name__} carry no gradient, so an "
+                "attention loss would silently train nothing: reentrant gradient checkpointing "
+                "does this; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+
+@contextlib.contextmanager
+def _probing(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, no gradient, transformers' warnings silenced; all restored afterwards."""
+    training = {module: module.training for module in model.modules()}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    vocabulary = model.config.get_text_config().vocab_size
+    length, device = 8, model.device
+    ids = torch.arange(2 * length, device=device).view(2, length) * 7 % (vocabulary - 1)
+    mask = torch.ones(2, length, dtype=torch.long, device=device)
+    mask[1, 5:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _eager_attentions(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Last hidden state and maps under eager attention, where the family can switch to it."""
+    own = model.config._attn_implementation
+    switched = own not in ("eager", None)
+    if switched:
+        with contextlib.suppress(ValueError):
+            model.set_attn_implementation("eager")
+    try:
+        outputs = model.base_model(**inputs, output_attentions=True, return_dict=True)
+    finally:
+        if switched and model.config._attn_implementation != own:
+            model.set_attn_implementation(own)
+    return outputs[0], tuple(outputs.attentions or ())

@@ -1,0 +1,713 @@
+"""Labelled sentences from anywhere, split into the four parts that a distillation needs."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
+
+from kdfast.distill.demo import demo_sentences
+from kdfast.distill.models import first_line, quick_offline
+from kdfast.errors import InputError, nearest
+
+# Test rows are drawn first and student rows last: another student_train leaves the test part, the
+# dev part and the teacher's sentences as they were, so results stay comparable.
+PARTS = ("test", "dev", "teacher_train", "student_train")
+EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+# Below this a part measures nothing; parts that shrink do not shrink further.
+SMALLEST_PART = 10
+# Whole numbers written as floats (1.0, 2.0) are classes up to this many, scores beyond.
+MOST_WHOLE_FLOATS = 20
+
+TEXT_PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("question", "context"),
+    ("query", "passage"),
+    ("query", "document"),
+    ("text_a", "text_b"),
+    ("text1", "text2"),
+)
+TEXT_NAMES = ("text", "sentence", "review", "content", "tweet", "comment", "utterance", "question")
+LABEL_NAMES = ("label", "labels", "target", "class", "category", "sentiment", "score", "rating")
+
+
+@dataclass
+class DataConfig:
+    """Where the sentences come from, and how many of them go where.
+
+    `path`: "demo:reviews", "demo:tweets", a csv, tsv, json, jsonl or parquet file, a directory with
+    train, validation and test files (or one written by datasets' save_to_disk), or a Hub name,
+    optionally "name:configuration". Column names left at None are guessed and stated in the notes;
+    rows of one `group` stay in one part. A source's own test and validation parts are used.
+    """
+
+    path: str = "demo:reviews"
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    group: str | None = None
+    test_path: str | None = None
+    teacher_train: int = 4000
+    student_train: int = 1000
+    dev: int = 500
+    test: int = 4000
+    max_length: int = 64
+    seed: int = 0
+
+
+@dataclass
+class Splits:
+    """Four disjoint parts, each with the columns text, [text_pair] and label.
+
+    Labels are class numbers into `label_names`, or floats when `regression`. `notes` say what was
+    guessed, dropped or shrunk. `fingerprints` hash the rows of each part, `fingerprint` all of them
+    and the configuration.
+    """
+
+    teacher_train: datasets.Dataset
+    student_train: datasets.Dataset
+    dev: datasets.Dataset
+    test: datasets.Dataset
+    label_names: list[str] | None
+    regression: bool
+    notes: list[str]
+    fingerprints: dict[str, str]
+    fingerprint: str
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names) if self.label_names is not None else 1
+
+
+def load_data(config: DataConfig) -> Splits:
+    """Reads, cleans and splits the sentences of `config`; the same seed gives the same parts.
+
+    Parts are stratified by label, or made of whole groups, and have exactly the sizes asked for
+    where there are enough rows; otherwise they shrink in proportion, and a note says so. Raises
+    InputError for whatever in the source or the configuration makes that impossible.
+    """
+    for part in PARTS:
+        if not isinstance(size := getattr(config, part), int) or size < 0:
+            raise InputError(f"data.{part} must be a whole number of rows, not {size!r}")
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise InputError(f"data.seed must be a whole number, 0 or more, not {config.seed!r}")
+    if not any(getattr(config, part) for part in PARTS):
+        raise InputError(f"all parts are empty: set one of data.{', data.'.join(PARTS)}")
+    notes: list[str] = []
+    sources, class_names = _read(config, notes)
+    columns = _columns(next(iter(sources.values())), config, notes)
+    names = class_names.get(columns["label"])
+    tables = {}
+    for source, table in sources.items():
+        rows = _clean(table, columns, names, source, notes)
+        if len(rows):
+            tables[source] = rows
+    if config.test_path is not None and "test" not in tables:
+        raise InputError(f"test file '{config.test_path}' has no row with both a text and a label")
+    label_names = _encode_labels(tables, names, notes)
+    parts = _split(tables, config, label_names is None, notes)
+
+    label_type = "float64" if label_names is None else "int64"
+    features = {
+        role: datasets.Value("string" if role.startswith("text") else label_type)
+        for role in ("text", "text_pair", "label")
+        if role in columns
+    }
+    made, fingerprints = {}, {}
+    for part in PARTS:
+        rows = {role: parts[part][role].tolist() for role in features}
+        if label_names is not None and len(found := set(rows["label"])) == 1:
+            raise InputError(
+                f"the {part} part ({len(parts[part])} rows) would hold one class only, "
+                f"'{label_names[found.pop()]}': ask for more rows (data.{part}), or take another "
+                "data.seed"
+            )
+        made[part] = datasets.Dataset.from_dict(rows, datasets.Features(features))
+        fingerprints[part] = _hash(rows)
+    return Splits(
+        **made,
+        label_names=label_names,
+        regression=label_names is None,
+        notes=notes,
+        fingerprints=fingerprints,
+        fingerprint=_hash([dataclasses.asdict(config), label_names, fingerprints]),
+    )
+
+
+# Sources: each gives named tables, {"all": ...} or {"train": ..., "validation": ..., "test": ...}.
+
+
+def _read(
+    config: DataConfig, notes: list[str]
+) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
+    """Tables by name, and the class names that a Hub set declares for its integer columns."""
+    path = os.path.expanduser(config.path)
+    names: dict[str, list[str]] = {}
+    if path.startswith("demo:"):
+        tables = {"all": demo_sentences(path.removeprefix("demo:"))}
+    elif os.path.isdir(path):
+        tables, names = _read_directory(Path(path), notes)
+    elif os.path.isfile(path) or Path(path).suffix.lower() in EXTENSIONS:
+        tables = {"all": _read_file(Path(path), notes)}
+    elif path.startswith((".", os.sep)) or path.count("/") > 1 or not path:
+        raise InputError(f"no data.path '{config.path}': give a file, a folder or a Hub name")
+    else:
+        tables, names = _read_hub(path, notes)
+    if config.test_path is not None:
+        tables = {("train" if name == "all" else name): table for name, table in tables.items()}
+        tables["test"] = _read_file(Path(os.path.expanduser(config.test_path)), notes)
+    return tables, names
+
+
+def _read_file(path: Path, notes: list[str]) -> pd.DataFrame:
+    kind = path.suffix.lower()
+    if kind not in EXTENSIONS:
+        raise InputError(f"cannot read '{path}': its name must end in {', '.join(EXTENSIONS)}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if not start:
+            raise InputError(f"'{path}' is empty")
+        if kind == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+            try:
+                table = _read_text(path, kind, encoding)
+            except UnicodeDecodeError:
+                table = _read_text(path, kind, "latin-1")
+                notes.append(f"{path.name} is not UTF-8: read as latin-1")
+    except FileNotFoundError as error:
+        raise InputError(f"no file '{path}'") from error
+    except pd.errors.EmptyDataError as error:
+        raise InputError(f"'{path}' is empty") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read '{path}' as {kind[1:]}: {first_line(error)}") from error
+    if table.empty:
+        raise InputError(f"'{path}' has no rows")
+    return table
+
+
+def _read_text(path: Path, kind: str, encoding: str) -> pd.DataFrame:
+    if kind in (".json", ".jsonl"):
+        # Without conversion: a text that looks like a date or a number stays what it is.
+        settings: dict[str, Any] = {"dtype": False, "encoding": encoding}
+        try:
+            return pd.read_json(path, lines=kind == ".jsonl", **settings)
+        except UnicodeDecodeError:
+            raise
+        except ValueError:
+            if kind == ".jsonl":
+                raise
+            return pd.read_json(path, lines=True, **settings)
+    # "None" and "NA" are words here, and labels: only an empty cell is missing.
+    settings = {"encoding": encoding, "keep_default_na": False, "na_values": [""]}
+    if kind == ".csv":
+        return pd.read_csv(path, **settings)
+    # A tsv may quote its cells, or (as GLUE's do) use quotation marks as plain characters: then
+    # quoting swallows line ends, and the row count tells.
+    lines = sum(1 for line in path.read_text(encoding).splitlines() if line.strip())
+    try:
+        table = pd.read_csv(path, sep="\t", **settings)
+        if len(table) == lines - 1:
+            return table
+    except pd.errors.ParserError:
+        pass
+    return pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, **settings)
+
+
+def _read_directory(
+    path: Path, notes: list[str]
+) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _tables(datasets.load_from_disk(str(path)), str(path), notes)
+    tables = {}
+    for name, aliases in (
+        ("train", ("train", "training")),
+        ("validation", ("validation", "valid", "val", "dev")),
+        ("test", ("test",)),
+    ):
+        # Hub folders number their files: train-00000-of-00002.parquet.
+        files = sorted(
+            file
+            for file in path.iterdir()
+            if file.suffix.lower() in EXTENSIONS and file.stem.split("-0")[0].lower() in aliases
+        )
+        if files:
+            tables[name] = pd.concat([_read_file(file, notes) for file in files], ignore_index=True)
+    if "train" not in tables:
+        found = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+        raise InputError(
+            f"directory '{path}' has no train file (train.csv, .tsv, .json, .jsonl or .parquet); "
+            f"it holds {found}"
+        )
+    return tables, {}
+
+
+def _read_hub(path: str, notes: list[str]) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
+    name, _, configuration = path.partition(":")
+    try:
+        with quick_offline():
+            loaded = datasets.load_dataset(name, configuration or None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"'{path}' is no file or folder here, and could not be had from the Hub "
+            f"({first_line(error)}). Without network: give a csv, tsv, json, jsonl or parquet "
+            "file, or a folder written by datasets' save_to_disk on another machine"
+        ) from error
+    return _tables(loaded, path, notes)
+
+
+def _tables(
+    loaded: datasets.Dataset | datasets.DatasetDict, path: str, notes: list[str]
+) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
+    """The parts of a datasets object under this file's names, with its class names."""
+    if isinstance(loaded, datasets.Dataset):
+        found, features = {"all": loaded}, loaded.features
+    else:
+        aliases = {
+            "train": ("train",),
+            # MNLI validates twice: the matched genres are the usual figure.
+            "validation": ("validation", "validation_matched", "valid", "val", "dev"),
+            "test": ("test",),
+        }
+        found = {}
+        for name, candidates in aliases.items():
+            for candidate in candidates:
+                if candidate in loaded:
+                    found.setdefault(name, loaded[candidate])
+        if "train" not in found:
+            raise InputError(f"'{path}' has no train part, only {', '.join(loaded)}")
+        features = found["train"].features
+        if unused := [n for n in loaded if not any(n in names for names in aliases.values())]:
+            notes.append(f"{path}: parts not used: {', '.join(unused)}")
+    names = {
+        column: list(feature.names)
+        for column, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    return {name: part.to_pandas() for name, part in found.items()}, names
+
+
+# Columns and rows.
+
+
+def _columns(table: pd.DataFrame, config: DataConfig, notes: list[str]) -> dict[str, str]:
+    """{role: column} for text, label and, where there is one, text_pair and group."""
+    known = {str(column): column for column in table.columns}
+    listed = ", ".join(f"'{name[:40]}'" for name in known)
+    chosen = {
+        role: name
+        for role in ("text", "text_pair", "label", "group")
+        if (name := getattr(config, role)) is not None
+    }
+    for role, name in chosen.items():
+        if name not in known:
+            raise InputError(
+                f"data.{role} is '{name}', but the columns are {listed}{nearest(name, known)}"
+            )
+    if len(set(chosen.values())) < len(chosen):
+        raise InputError(f"data.{', data.'.join(chosen)} must name different columns")
+    guessed = dict(chosen)
+    if config.path == "demo:reviews":
+        guessed.setdefault("group", "movie")
+
+    def free(names: Iterable[str]) -> dict[str, str]:
+        """Columns without a role yet, by lower-case name, those among `names` only."""
+        left = {name.lower(): name for name in known if name not in guessed.values()}
+        return {name: left[name] for name in names if name in left}
+
+    if "label" not in guessed:
+        candidates = list(free(LABEL_NAMES).values())
+        if len(candidates) > 1 and candidates[0].lower() == "label":
+            candidates = candidates[:1]
+        guessed["label"] = _only(candidates, "label", listed)
+    if "text" not in guessed:
+        pairs = [
+            pair
+            for first, second in TEXT_PAIRS
+            if len(pair := list(free((first, second)).values())) == 2
+        ]
+        if pairs and "text_pair" not in guessed:
+            guessed["text"], guessed["text_pair"] = pairs[0]
+        else:
+            first_of_pairs = tuple(dict.fromkeys(first for first, _ in TEXT_PAIRS))
+            candidates = list(free(dict.fromkeys(TEXT_NAMES + first_of_pairs)).values())
+            if len(candidates) > 1 and candidates[0].lower() == "text":
+                candidates = candidates[:1]
+            if not candidates:
+                candidates = [
+                    name
+                    for name in free(name.lower() for name in known).values()
+                    if any(isinstance(cell, str) for cell in table[known[name]])
+                ]
+            guessed["text"] = _only(candidates, "text", listed)
+    demo = config.path.startswith("demo:")
+    if not demo and (
+        stated := [f"{role} = '{name}'" for role, name in guessed.items() if role not in chosen]
+    ):
+        notes.append(f"columns guessed: {', '.join(stated)}")
+    return {role: known[name] for role, name in guessed.items()}
+
+
+def _only(candidates: list[str], role: str, listed: str) -> str:
+    if len(candidates) == 1:
+        return candidates[0]
+    why = f"could be {' or '.join(map(repr, candidates))}" if candidates else "has no known name"
+    raise InputError(
+        f"the {role} column {why}: name it with data.{role}=NAME; the columns (from the first line "
+        f"of the file) are {listed}"
+    )
+
+
+def _clean(
+    table: pd.DataFrame,
+    columns: Mapping[str, str],
+    class_names: list[str] | None,
+    source: str,
+    notes: list[str],
+) -> pd.DataFrame:
+    """The columns by role, without rows that lack one; texts stripped, labels as they came."""
+    where = "" if source == "all" else f" of the source's {source} part"
+    if absent := [column for column in columns.values() if column not in table.columns]:
+        raise InputError(
+            f"no column '{absent[0]}'{where}: its columns are {', '.join(map(str, table.columns))}"
+        )
+    rows = pd.DataFrame({role: table[column] for role, column in columns.items()})
+    texts = [role for role in ("text", "text_pair") if role in rows]
+    for role in texts:
+        filled = rows[role].astype(object).where(rows[role].notna(), "")
+        rows[role] = [str(text).strip() for text in filled]
+    labels = rows["label"]
+    if labels.map(lambda label: isinstance(label, (list, dict, np.ndarray))).any():
+        raise InputError(f"label column '{columns['label']}' holds lists: give one label a row")
+    unlabelled = labels.isna() | (labels.astype(str).str.strip() == "")
+    # The Hub's way to say unlabelled, in single rows (SNLI) and whole test parts (GLUE).
+    if pd.api.types.is_numeric_dtype(labels) and (class_names or (labels == -1).all()):
+        unlabelled |= labels == -1
+    if source != "train" and where and unlabelled.all():
+        notes.append(f"the source's {source} part has no labels: not used")
+        return rows[:0]
+    empty = unlabelled.copy()
+    for role in texts:
+        empty |= rows[role] == ""
+    if "group" in rows:
+        empty |= rows["group"].isna()
+    if empty.any():
+        notes.append(f"{empty.sum():,} rows{where} dropped: a text, label or group is missing")
+    floats = pd.api.types.is_float_dtype(labels) and labels.isna().any()
+    if floats and (labels.dropna() % 1 == 0).all():
+        # Integers beside a missing value: pandas made them floats.
+        rows["label"] = labels.astype("Int64")
+    return rows[~empty].reset_index(drop=True)
+
+
+def _encode_labels(
+    tables: Mapping[str, pd.DataFrame], class_names: list[str] | None, notes: list[str]
+) -> list[str] | None:
+    """Replaces the labels by class numbers and returns their names, or by floats and None."""
+    if not {"train", "all"} & set(tables):
+        raise InputError("no row of the training data has both a text and a label")
+    labels = pd.concat([table["label"] for table in tables.values()], ignore_index=True)
+    is_bool = labels.map(lambda label: isinstance(label, (bool, np.bool_))).all()
+    numbers = pd.to_numeric(labels.astype(object), errors="coerce").astype(float)
+    if not is_bool and numbers.notna().all():
+        if not np.isfinite(numbers).all():
+            raise InputError("a label is infinite")
+        fractions = bool((numbers % 1 != 0).any())
+        floats = all(pd.api.types.is_float_dtype(table["label"]) for table in tables.values())
+        if fractions or (floats and numbers.nunique() > MOST_WHOLE_FLOATS):
+            notes.append(
+                f"labels are numbers from {numbers.min():g} to {numbers.max():g} "
+                f"({numbers.nunique():,} values): regression"
+            )
+            for table in tables.values():
+                table["label"] = pd.to_numeric(table["label"].astype(object)).astype(float)
+            return None
+
+        def value(label: Any) -> Any:
+            return int(float(label))
+    else:
+
+        def value(label: Any) -> Any:
+            return str(label).strip()
+
+    found = sorted({value(label) for label in labels})
+    if class_names is None:
+        names = [str(label) for label in found]
+        numbered: dict[Any, int] = {label: i for i, label in enumerate(found)}
+        if isinstance(found[0], int) and found != list(range(len(found))):
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            notes.append(f"labels {shown} are numbered 0 to {len(names) - 1} in this order")
+    else:
+        names, numbered = class_names, {i: i for i in range(len(class_names))}
+        if strange := [label for label in found if label not in numbered]:
+            raise InputError(f"label {strange[0]} is none of the source's {len(names)} classes")
+    known = {value(label) for label in tables.get("train", tables.get("all"))["label"]}
+    if unknown := [names[numbered[label]] for label in found if label not in known]:
+        raise InputError(
+            f"the test or validation part has labels that no training row has: {_shown(unknown)}; "
+            f"the training data has {_shown([names[numbered[label]] for label in sorted(known)])}"
+        )
+    if len(found) < 2:
+        raise InputError(f"all {len(labels):,} rows have the label '{names[numbered[found[0]]]}'")
+    if len(found) > len(labels) / 2:
+        raise InputError(
+            f"the label column has {len(found):,} different values in {len(labels):,} rows: these "
+            "are no classes; name another column with data.label, or give numbers with a fraction "
+            "for regression"
+        )
+    for table in tables.values():
+        table["label"] = [numbered[value(label)] for label in table["label"]]
+    return names
+
+
+# Parts.
+
+
+def _split(
+    tables: dict[str, pd.DataFrame], config: DataConfig, regression: bool, notes: list[str]
+) -> dict[str, pd.DataFrame]:
+    """The four parts, from one table or from those that the source brings."""
+    if "test" in tables and "validation" in tables:
+        pools = {"test": PARTS[:1], "validation": PARTS[1:2], "train": PARTS[2:]}
+        notes.append("test and dev rows are from the source's own test and validation parts")
+    elif own := [source for source in ("test", "validation") if source in tables]:
+        pools = {own[0]: PARTS[:1], "train": PARTS[1:]}
+        notes.append(f"test rows are the source's {own[0]} part, dev rows are held out of train")
+    else:
+        pools = {next(iter(tables)): PARTS}
+    parts: dict[str, pd.DataFrame] = {}
+    seen_texts: set[tuple[str, ...]] = set()
+    seen_groups: set[Any] = set()
+    for number, (source, names) in enumerate(pools.items()):
+        rows = tables[source]
+        texts = list(zip(*(rows[r] for r in ("text", "text_pair") if r in rows), strict=True))
+        # A test or validation part that the source made is left as it is, repetitions included.
+        kept = [text not in seen_texts for text in texts]
+        if source in ("train", "all"):
+            first = ~pd.Series(texts).duplicated()
+            kept = [keep and new for keep, new in zip(kept, first, strict=True)]
+        if dropped := len(kept) - sum(kept):
+            notes.append(f"{dropped:,} rows dropped whose text occurs earlier or in a test part")
+        sizes = {name: getattr(config, name) for name in names}
+        if not any(kept) and any(sizes.values()):
+            raise InputError("all rows of the training data also occur in the test part")
+        rows = rows[kept]
+        if "group" in rows:
+            apart = ~rows["group"].isin(seen_groups)
+            if not apart.all():
+                notes.append(f"{(~apart).sum():,} rows dropped whose group is in a test part")
+            rows = rows[apart]
+            seen_groups.update(rows["group"])
+        seen_texts.update(texts)
+        rng = np.random.default_rng([config.seed, number])
+        parts |= _cut(rows.reset_index(drop=True), sizes, regression, rng, notes)
+    return parts
+
+
+def _cut(
+    rows: pd.DataFrame,
+    sizes: dict[str, int],
+    regression: bool,
+    rng: np.random.Generator,
+    notes: list[str],
+) -> dict[str, pd.DataFrame]:
+    """Consecutive blocks of one random order of the rows, or of their groups.
+
+    Rows are stratified by class (regression: by fifths of the label), groups by fifths of their
+    mean label.
+    """
+    if not any(sizes.values()):
+        return {name: rows[:0] for name in sizes}
+    usable = len(rows)
+    # From here on a unit (a group, or a single row) has a label, a stratum and a place.
+    labels = rows["label"].to_numpy(dtype=float)
+    unit: np.ndarray = np.arange(len(rows))
+    if "group" in rows:
+        unit = pd.factorize(rows["group"])[0]
+        counts = np.bincount(unit)
+        labels = np.bincount(unit, weights=labels) / counts
+        # Each part ends with a whole group, and may take from the next one's share that much.
+        usable -= (sum(size > 0 for size in sizes.values()) - 1) * int(counts.max())
+    fifths = regression or "group" in rows
+    ranks = np.argsort(np.argsort(labels, kind="stable"))
+    stratum = np.asarray(ranks * 5 // len(ranks) if fifths else labels)
+    # The k-th of the n members of a stratum stands at k / n: any block of the order then holds
+    # every stratum in proportion.
+    place: np.ndarray = np.empty(len(labels))
+    for value in np.unique(stratum):
+        members = rng.permutation(np.flatnonzero(stratum == value))
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    place = np.argsort(np.argsort(place, kind="stable"))[unit]
+    order = np.argsort(place, kind="stable")
+
+    asked = sum(sizes.values())
+    if asked > usable:
+        least = {name: min(size, SMALLEST_PART) for name, size in sizes.items()}
+        spare = usable - sum(least.values())
+        if spare < 0:
+            raise InputError(
+                f"too few rows{' or too large groups' if 'group' in rows else ''}: "
+                f"{len(rows):,} usable for the parts {', '.join(sizes)}, "
+                f"which need {sum(least.values()):,} at least ({SMALLEST_PART} each)"
+            )
+        share = spare / (asked - sum(least.values()))
+        sizes = {name: least[name] + int((sizes[name] - least[name]) * share) for name in sizes}
+        notes.append(
+            f"{asked:,} rows asked for, {len(rows):,} usable"
+            f"{' in whole groups' if 'group' in rows else ''}: parts shrink to "
+            + ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+        )
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        end = start + size
+        if "group" in rows and size:
+            end = int(np.searchsorted(place[order], place[order[end - 1]], side="right"))
+        parts[name] = rows.iloc[rng.permutation(order[start:end])[:size]]
+        start = end
+    return parts
+
+
+# What a teacher and a model need.
+
+
+def check_labels(splits: Splits, teacher_config: PreTrainedConfig) -> Splits:
+    """The splits with their labels numbered as the teacher numbers them.
+
+    Labels are matched by name (whatever the case) where both sides have names, otherwise by
+    number. Raises InputError where the number, the names or the kind of task differ.
+    """
+    id2label = dict(sorted((teacher_config.id2label or {}).items()))
+    count = len(id2label)
+    if splits.regression != (count == 1):
+        kinds = "scores (regression)", "classes"
+        data, teacher = kinds if splits.regression else kinds[::-1]
+        raise InputError(f"the data has {data}, but the teacher predicts {teacher}")
+    if splits.label_names is None:
+        return splits
+    ours = splits.label_names
+    theirs = [str(name) for name in id2label.values()]
+    if len(ours) != count:
+        raise InputError(
+            f"the data has {len(ours)} labels ({_shown(ours)}), the teacher {count} "
+            f"({_shown(theirs)}): give a teacher fine-tuned on these labels"
+        )
+    if _unnamed(ours) or _unnamed(theirs):
+        if not (_unnamed(ours) and _unnamed(theirs)):
+            pairs = _shown([f"{a} = {b}" for a, b in zip(ours, theirs, strict=True)])
+            note = f"labels matched to the teacher's by number, for want of names: {pairs}"
+            return dataclasses.replace(splits, notes=[*splits.notes, note])
+        return splits
+    place = {name.strip().casefold(): i for i, name in enumerate(theirs)}
+    numbers = [place.get(name.strip().casefold()) for name in ours]
+    if None in numbers or len(set(numbers)) < count:
+        raise InputError(
+            f"the data's labels ({_shown(ours)}) are not the teacher's ({_shown(theirs)}): rename "
+            "them in the data, or in id2label of the teacher's config.json"
+        )
+    if numbers == list(range(count)):
+        return splits
+    parts = {}
+    for part in PARTS:
+        rows = getattr(splits, part)
+        labels = [numbers[label] for label in rows["label"]]
+        parts[part] = datasets.Dataset.from_dict({**rows[:], "label": labels}, rows.features)
+    note = f"labels renumbered as the teacher's: {_shown(theirs)}"
+    return dataclasses.replace(splits, **parts, label_names=theirs, notes=[*splits.notes, note])
+
+
+def _unnamed(names: Sequence[str]) -> bool:
+    """Whether names only count: 0, 1, ... or LABEL_0, LABEL_1, ..."""
+    return all(re.fullmatch(r"(LABEL_)?-?\d+", name) for name in names)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def tokenize(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> datasets.Dataset:
+    """input_ids, attention_mask, (token_type_ids) and labels of a part, cut at max_length tokens.
+
+    With a teacher tokenizer of another vocabulary, the same texts once more with the prefix
+    `teacher_`. Raises InputError for a max_length beyond a tokenizer's own limit.
+    """
+    texts = [dataset[column] for column in ("text", "text_pair") if column in dataset.column_names]
+    columns: dict[str, Any] = {}
+    for prefix, one in (("", tokenizer), ("teacher_", teacher_tokenizer)):
+        if one is None:
+            continue
+        if not 4 <= max_length <= one.model_max_length:
+            whose = "teacher's" if prefix else "student's"
+            raise InputError(
+                f"data.max_length is {max_length}: it must be between 4 and the "
+                f"{one.model_max_length} tokens that the {whose} tokenizer allows"
+            )
+        if len(dataset):
+            encoded = one(*(list(text) for text in texts), truncation=True, max_length=max_length)
+            columns |= {f"{prefix}{name}": encoded[name] for name in encoded}
+        else:
+            columns |= {f"{prefix}{name}": [] for name in one.model_input_names}
+    return datasets.Dataset.from_dict({**columns, "labels": list(dataset["label"])})
+
+
+def same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether both tokenizers make the same tokens of any text, so that ids can be shared."""
+    probe = ("The café's 2nd  Über-film (1999) isn't half BAD…", "naïve\tTEXT 東京 🙂")
+    return first.get_vocab() == second.get_vocab() and (
+        first(*probe)["input_ids"] == second(*probe)["input_ids"]
+    )
+
+
+@dataclass
+class DistillationCollator:
+    """Pads a batch of tokenized rows to its longest, the teacher's columns to theirs.
+
+    Gives input_ids, attention_mask, (token_type_ids), all [B, N] int64, the same with the prefix
+    `teacher_` [B, N_t] where the rows have them, and labels [B], int64 or float32.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch: dict[str, torch.Tensor] = {}
+        for prefix, tokenizer in (("", self.tokenizer), ("teacher_", self.teacher_tokenizer)):
+            if tokenizer is None:
+                continue
+            names = [name for name in tokenizer.model_input_names if f"{prefix}{name}" in rows[0]]
+            features = [{name: row[f"{prefix}{name}"] for name in names} for row in rows]
+            padded = pad_without_fast_tokenizer_warning(tokenizer, features, return_tensors="pt")
+            batch |= {f"{prefix}{name}": padded[name] for name in names}
+        labels = [row["labels"] for row in rows]
+        kind = torch.float32 if isinstance(labels[0], float) else torch.int64
+        batch["labels"] = torch.tensor(labels, dtype=kind)
+        return batch
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

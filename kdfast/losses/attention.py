@@ -1,0 +1,131 @@
+"""Losses on attention maps and value relations, from queries, keys and values: no map is formed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kdfast.losses.layers import (
+    LAYER_REDUCTIONS,
+    Layers,
+    as_layers,
+    choose,
+    over_layers,
+    teacher_layers,
+)
+from kdfast.ops.attention_kl import attention_kl
+
+
+class AttentionKLLoss(nn.Module):
+    """KL between the attention maps of teacher and student, mean over valid rows, heads and batch.
+
+    Args:
+        direction: "forward" KL(t‖s), "reverse" or "js".
+        temperature: divides both sides' scores.
+        relation_heads, match_heads: how differing head counts meet, see kdfast.attention_kl.
+        layers: "sum" (the paper's reading) or "mean" over layer pairs.
+        backend: see kdfast.attention_kl.
+
+    Source: Aguilar et al. 2020, L_kl; MiniLM, L_AT.
+    """
+
+    def __init__(
+        self,
+        *,
+        direction: str = "forward",
+        temperature: float = 1.0,
+        relation_heads: int | None = None,
+        match_heads: str | None = None,
+        layers: str = "sum",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.direction = choose("direction", direction, ("forward", "reverse", "js"))
+        self.temperature = temperature
+        self.relation_heads = relation_heads
+        self.match_heads = match_heads
+        self.layers = choose("layers", layers, LAYER_REDUCTIONS)
+        self.backend = backend
+
+    def forward(
+        self,
+        query_s: Layers,
+        key_s: Layers,
+        query_t: Layers,
+        key_t: Layers,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        causal: bool = False,
+        window: int | None = None,
+        scale_s: float | None = None,
+        scale_t: float | None = None,
+    ) -> torch.Tensor:
+        """
+        query_*: [B, H, N, d]; key_*: [B, H_kv, N, d]; or sequences of them, one per layer pair.
+        attention_mask: [B, N], 1 = token. Returns a scalar.
+        """
+        losses = attention_kl(
+            as_layers(query_s),
+            as_layers(key_s),
+            teacher_layers(query_s, query_t),
+            teacher_layers(key_s, key_t),
+            attention_mask=attention_mask,
+            causal=causal,
+            window=window,
+            scale_s=scale_s,
+            scale_t=scale_t,
+            temperature=self.temperature,
+            direction=self.direction,
+            relation_heads=self.relation_heads,
+            match_heads=self.match_heads,
+            backend=self.backend,
+        )
+        assert isinstance(losses, torch.Tensor)  # a list only for reduction="none"
+        return over_layers(losses, self.layers)
+
+
+class RelationKLLoss(nn.Module):
+    """KL between the query-query, key-key and value-value relations of teacher and student.
+
+    Args:
+        relation_heads: number of heads the [B, N, D] projections are regrouped into on both sides;
+            must divide both widths. Head counts and widths need not match.
+        layers: "sum" or "mean" over layer pairs.
+        backend: see kdfast.attention_kl.
+
+    Source: MiniLMv2 (Wang et al. 2021): the sum of the three, equal weights.
+    """
+
+    def __init__(self, relation_heads: int, *, layers: str = "sum", backend: str = "auto") -> None:
+        super().__init__()
+        self.relation_heads = relation_heads
+        self.layers = choose("layers", layers, LAYER_REDUCTIONS)
+        self.backend = backend
+
+    def forward(
+        self,
+        query_s: Layers,
+        key_s: Layers,
+        value_s: Layers,
+        query_t: Layers,
+        key_t: Layers,
+        value_t: Layers,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Each [B, H, N, d] (H_kv for keys and values) or a sequence of them. Returns a scalar."""
+        total: torch.Tensor | None = None
+        for states_s, states_t in ((query_s, query_t), (key_s, key_t), (value_s, value_t)):
+            student, teacher = as_layers(states_s), teacher_layers(states_s, states_t)
+            losses = attention_kl(
+                student,
+                student,
+                teacher,
+                teacher,
+                attention_mask=attention_mask,
+                relation_heads=self.relation_heads,
+                backend=self.backend,
+            )
+            assert isinstance(losses, torch.Tensor)
+            total = losses if total is None else total + losses
+        assert total is not None
+        return over_layers(total, self.layers)

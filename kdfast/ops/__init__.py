@@ -1,0 +1,18 @@
+"""The operators: argument checks and choice of backend over one definition of what is right."""
+
+from kdfast.ops.attention_kl import attention_kl
+from kdfast.ops.attention_map_kl import attention_map_kl
+from kdfast.ops.cka import cka, cka_matrix, hsic
+from kdfast.ops.dispatch import explain
+from kdfast.ops.layer_projection import layer_projection, layer_projection_loss
+
+__all__ = [
+    "attention_kl",
+    "attention_map_kl",
+    "cka",
+    "cka_matrix",
+    "explain",
+    "hsic",
+    "layer_projection",
+    "layer_projection_loss",
+]

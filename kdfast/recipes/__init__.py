@@ -1,0 +1,56 @@
+"""Recipes by name: which losses, on which layers, with which weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from kdfast.captured import ModelShape
+from kdfast.errors import InputError, nearest
+from kdfast.recipes.fsd import fsd
+from kdfast.recipes.internal import internal
+from kdfast.recipes.labels import labels, soft_labels
+from kdfast.recipes.recipe import Recipe, Term
+from kdfast.recipes.universal import universal
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "labels": labels,
+    "soft_labels": soft_labels,
+    "internal": internal,
+    "fsd": fsd,
+    "universal": universal,
+}
+
+__all__ = ["RECIPES", "Recipe", "Term", "build_recipe", "check_recipe"]
+
+
+def check_recipe(name: str, options: dict[str, Any]) -> None:
+    """Raise InputError for an unknown recipe or option, naming the nearest one."""
+    if name not in RECIPES:
+        raise InputError(
+            f"recipe '{name}' is unknown{nearest(name, RECIPES)}: it must be one of "
+            f"{', '.join(RECIPES)}"
+        )
+    known = [
+        key
+        for key, parameter in inspect.signature(RECIPES[name]).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for key in options:
+        if key not in known:
+            raise InputError(
+                f"recipe '{name}' has no option '{key}'{nearest(key, known)}: it has "
+                f"{', '.join(known) or 'none'}"
+            )
+
+
+def build_recipe(name: str, student: ModelShape, teacher: ModelShape, **options: Any) -> Recipe:
+    """The recipe `name` for this pair of models; InputError for anything it cannot do."""
+    check_recipe(name, options)
+    try:
+        return RECIPES[name](student, teacher, **options)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"recipe '{name}': {error}") from error

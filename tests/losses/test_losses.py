@@ -1,0 +1,242 @@
+"""The loss modules against formulas written out here."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kdfast import (
+    AttentionKLLoss,
+    CKALoss,
+    CosineLoss,
+    HiddenMSELoss,
+    LayerProjectionLoss,
+    RelationKLLoss,
+    SoftLabelLoss,
+)
+
+B, N, D = 3, 5, 8
+
+
+@pytest.fixture
+def mask():
+    mask = torch.ones(B, N, dtype=torch.long)
+    mask[0, 3:] = 0
+    mask[2, 2:] = 0
+    return mask
+
+
+def states(width=D, count=1, dtype=torch.float64):
+    return [torch.randn(B, N, width, dtype=dtype) for _ in range(count)]
+
+
+def maps(query, key, mask):
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    return scores.masked_fill(~mask.bool()[:, None, None, :], -torch.inf).log_softmax(-1)
+
+
+def map_divergence(qs, ks, qt, kt, mask):
+    """KL over valid query rows of all heads, mean, written with dense maps."""
+    log_s, log_t = maps(qs, ks, mask), maps(qt, kt, mask)
+    rows = torch.where(log_t > -torch.inf, log_t.exp() * (log_t - log_s), 0).sum(-1)
+    return rows.transpose(1, 2)[mask.bool()].mean()
+
+
+def heads(width=4, count=2):
+    return torch.randn(B, count, N, width, dtype=torch.float64)
+
+
+def test_attention_kl_loss_sums_dense_divergences_over_layers(mask):
+    layers = [(heads(), heads(), heads(6), heads(6)) for _ in range(3)]
+    loss = AttentionKLLoss()(*map(list, zip(*layers, strict=True)), attention_mask=mask)
+    torch.testing.assert_close(loss, sum(map_divergence(*layer, mask) for layer in layers))
+
+
+def test_attention_kl_loss_takes_a_single_layer(mask):
+    layer = (heads(), heads(), heads(), heads())
+    torch.testing.assert_close(AttentionKLLoss()(*layer, mask), map_divergence(*layer, mask))
+
+
+def test_attention_kl_loss_with_mean_over_layers_divides_by_their_number(mask):
+    layers = [[heads() for _ in range(2)] for _ in range(4)]
+    total = AttentionKLLoss()(*layers, mask)
+    torch.testing.assert_close(AttentionKLLoss(layers="mean")(*layers, mask), total / 2)
+
+
+def test_relation_kl_regroups_heads_and_sums_three_relations(mask):
+    # Student: 2 heads of 6; teacher: 4 heads of 4; 2 relation heads of widths 6 and 8.
+    student = [torch.randn(B, 2, N, 6, dtype=torch.float64) for _ in range(3)]
+    teacher = [torch.randn(B, 4, N, 4, dtype=torch.float64) for _ in range(3)]
+
+    def regroup(x):
+        return x.transpose(1, 2).flatten(2).unflatten(-1, (2, -1)).transpose(1, 2)
+
+    expected = sum(
+        map_divergence(regroup(s), regroup(s), regroup(t), regroup(t), mask)
+        for s, t in zip(student, teacher, strict=True)
+    )
+    loss = RelationKLLoss(2)(*student, *teacher, mask)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_cosine_loss_on_cls_ignores_every_other_token():
+    (s,), (t,) = states(), states()
+    expected = (1 - F.cosine_similarity(s[:, 0], t[:, 0])).mean()
+    torch.testing.assert_close(CosineLoss()(s, t), expected)
+
+
+def test_cosine_loss_on_tokens_averages_over_valid_tokens(mask):
+    (s,), (t,) = states(), states()
+    expected = (1 - F.cosine_similarity(s, t, dim=-1))[mask.bool()].mean()
+    torch.testing.assert_close(CosineLoss("tokens")(s, t, mask), expected)
+
+
+def test_hidden_mse_averages_over_valid_tokens_and_features(mask):
+    (s,), (t,) = states(), states()
+    expected = (s - t)[mask.bool()].square().mean()
+    torch.testing.assert_close(HiddenMSELoss()(s, t, mask), expected)
+
+
+def test_normalised_hidden_mse_compares_unit_vectors():
+    (s,), (t,) = states(), states()
+    unit = [x[:, 0] / x[:, 0].norm(dim=-1, keepdim=True) for x in (s, t)]
+    expected = (unit[0] - unit[1]).square().mean()
+    torch.testing.assert_close(HiddenMSELoss("cls", normalize=True)(s, t), expected)
+
+
+@pytest.mark.parametrize("loss", [CosineLoss, HiddenMSELoss])
+def test_widths_that_differ_meet_in_one_trained_projection_per_pair(loss):
+    module = loss("tokens", student_width=4, teacher_width=D, pairs=2).double()
+    assert [tuple(p.shape) for p in module.parameters()] == [(D, 4)] * 2
+    module(states(4, 2), states(D, 2)).backward()
+    assert all(p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+@pytest.mark.parametrize("loss", [CosineLoss, HiddenMSELoss])
+def test_widths_that_differ_without_a_projection_are_an_error_that_says_so(loss):
+    with pytest.raises(ValueError, match="student_width"):
+        loss("tokens")(states(4), states(D))
+
+
+def test_equal_widths_need_no_projection():
+    assert not list(CosineLoss(student_width=D, teacher_width=D, pairs=3).parameters())
+
+
+def dense_cka(x, y):
+    k, t = x @ x.T, y @ y.T
+    n = len(x)
+    c = torch.eye(n, dtype=x.dtype) - 1 / n
+    k, t = c @ k @ c, c @ t @ c
+    return (k * t).sum() / (k.norm() * t.norm())
+
+
+def test_cka_loss_on_tokens_is_the_mean_of_logarithms_over_samples(mask):
+    (s,), (t,) = states(6), states(D)
+    logs = [-dense_cka(s[b][mask[b].bool()], t[b][mask[b].bool()]).abs().log() for b in range(B)]
+    torch.testing.assert_close(CKALoss()(s, t, mask), torch.stack(logs).mean())
+
+
+def test_cka_loss_on_samples_flattens_tokens_with_padding_zeroed(mask):
+    (s,), (t,) = states(6), states(D)
+    m = mask[..., None]
+    expected = -dense_cka((s * m).flatten(1), (t * m).flatten(1)).log()
+    torch.testing.assert_close(CKALoss("samples")(s, t, mask), expected)
+
+
+def test_cka_loss_one_minus_form():
+    (s,), (t,) = states(6), states(D)
+    expected = torch.stack([1 - dense_cka(s[b], t[b]) for b in range(B)]).mean()
+    torch.testing.assert_close(CKALoss(form="one_minus")(s, t), expected)
+
+
+def test_cka_loss_refuses_the_logarithm_of_an_estimate_that_may_be_negative():
+    with pytest.raises(ValueError, match="one_minus"):
+        CKALoss(estimator="unbiased")
+
+
+@pytest.mark.parametrize("rows", ["tokens", "samples"])
+def test_cka_loss_of_too_few_rows_is_zero_with_zero_gradient(rows):
+    shape = (1, N, D) if rows == "samples" else (B, 1, D)
+    s = torch.randn(shape, requires_grad=True)
+    loss = CKALoss(rows)(s, torch.randn(shape))
+    loss.backward()
+    assert loss == 0 and s.grad.abs().sum() == 0
+
+
+def test_cka_loss_leaves_out_samples_with_one_valid_token(mask):
+    mask[1, 1:] = 0
+    (s,), (t,) = states(6), states(D)
+    s.requires_grad_()
+    kept = [b for b in range(B) if mask[b].sum() > 1]
+    expected = CKALoss()(s[kept], t[kept], mask[kept])
+    loss = CKALoss()(s, t, mask)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert s.grad.isfinite().all() and s.grad[1].abs().sum() == 0
+
+
+def test_layer_projection_loss_sums_squared_distances_to_the_mixtures():
+    student, teacher = states(count=2), states(count=4)
+    expected = 0.0
+    for h in student:
+        weights = torch.stack([(h * g).sum(-1) for g in teacher], -1).softmax(-1)
+        mixture = sum(weights[..., j, None] * g for j, g in enumerate(teacher))
+        expected += (h - mixture).square().mean()
+    torch.testing.assert_close(LayerProjectionLoss()(student, teacher), expected)
+    mean = LayerProjectionLoss(layers="mean")(student, teacher)
+    torch.testing.assert_close(mean, expected / 2)
+
+
+def test_soft_labels_scale_the_divergence_by_squared_temperature():
+    s, t = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    p, q = (t / 2).softmax(-1), (s / 2).softmax(-1)
+    expected = 4 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(SoftLabelLoss(2.0)(s, t), expected)
+
+
+def test_soft_labels_of_equal_logits_are_exactly_zero():
+    logits = torch.randn(4, 3)
+    assert SoftLabelLoss()(logits, logits) == 0
+
+
+def test_soft_labels_for_regression_are_the_mean_squared_difference():
+    s, t = torch.randn(4, 1), torch.randn(4, 1)
+    torch.testing.assert_close(SoftLabelLoss(regression=True)(s, t), (s - t).square().mean())
+
+
+def test_soft_labels_of_one_class_point_to_regression():
+    with pytest.raises(ValueError, match="regression"):
+        SoftLabelLoss()(torch.randn(4, 1), torch.randn(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (lambda: CosineLoss("words"), "rows"),
+        (lambda: CKALoss("words"), "rows"),
+        (lambda: CKALoss(form="log"), "form"),
+        (lambda: AttentionKLLoss(direction="up"), "direction"),
+        (lambda: LayerProjectionLoss(objective="l1"), "objective"),
+        (lambda: SoftLabelLoss(0.0), "temperature"),
+        (lambda: CosineLoss(layers="max"), "layers"),
+        (lambda: CosineLoss(student_width=4), "teacher_width"),
+    ],
+)
+def test_bad_arguments_are_named(make, argument):
+    with pytest.raises(ValueError, match=argument):
+        make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [CosineLoss, HiddenMSELoss, CKALoss])
+def test_half_precision_states_give_fp32_losses(make, dtype):
+    loss = make()(states(dtype=dtype), states(dtype=dtype))
+    assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    "loss", [CosineLoss(), CosineLoss("tokens"), HiddenMSELoss(), CKALoss(), CKALoss("samples")]
+)
+def test_gradients_match_finite_differences(loss, mask):
+    (s,), (t,) = states(), states()
+    s.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss(x, t, mask), (s,))

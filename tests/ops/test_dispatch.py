@@ -1,0 +1,167 @@
+import inspect
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kdfast import ops, reference
+from kdfast.ops import attention_kl, cka, dispatch, explain
+
+OPERATORS = [
+    "attention_kl",
+    "attention_map_kl",
+    "cka",
+    "cka_matrix",
+    "hsic",
+    "layer_projection",
+    "layer_projection_loss",
+]
+operators = pytest.mark.parametrize("operator", OPERATORS)
+
+
+def inputs_of(operator):
+    x = torch.rand(2, 2, 5, 4, requires_grad=True)
+    if operator == "attention_kl":
+        return x, x.detach(), x.detach(), x.detach()
+    if operator in ("cka", "hsic", "attention_map_kl"):
+        return x, x.detach()
+    return [x], [x.detach()]
+
+
+@operators
+def test_reference_has_the_public_signature_less_backend(operator):
+    public = inspect.signature(getattr(ops, operator)).parameters
+    dense = inspect.signature(getattr(reference, operator)).parameters
+    for name, parameter in public.items():
+        if name != "backend":
+            assert (dense[name].default, dense[name].kind) == (parameter.default, parameter.kind)
+    assert set(dense) - set(public) <= {"side"}  # lets tests force either side of CKA
+
+
+@operators
+def test_auto_is_the_reference_today(operator):
+    inputs = inputs_of(operator)
+    function = getattr(ops, operator)
+    picked, asked = function(*inputs), function(*inputs, backend="reference")
+    torch.testing.assert_close(picked, asked, rtol=0, atol=0)
+
+
+@operators
+@pytest.mark.parametrize("backend", ["cpp", "triton", "cuda"])
+def test_backend_asked_for_by_name_raises_with_shapes_and_every_reason(operator, backend):
+    with pytest.raises(RuntimeError) as raised:
+        getattr(ops, operator)(*inputs_of(operator), backend=backend)
+    message = str(raised.value)
+    assert message.startswith(f"{operator}: backend={backend!r} cannot serve this call")
+    assert "float32[2, 2, 5, 4] cpu" in message
+    assert "reference: can serve this call" in message
+    for name in ("cpp", "triton", "cuda"):
+        assert f"{name}: no kernel for {operator} in this version" in message
+
+
+@operators
+def test_unknown_backend_suggests_the_nearest(operator):
+    with pytest.raises(ValueError, match=r"'refrence' is unknown; did you mean 'reference'\?.*cpp"):
+        getattr(ops, operator)(*inputs_of(operator), backend="refrence")
+
+
+def test_second_derivative_of_one_input_raises_when_the_upstream_gradient_is_constant():
+    x = torch.rand(6, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(cka(x, torch.rand(6, 4)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cka has first derivatives only"):
+        (grad.square().sum() + x.sum()).backward()
+
+
+def test_creating_the_graph_of_a_gradient_does_not_change_it():
+    x, y = torch.rand(6, 3, requires_grad=True), torch.rand(6, 4)
+    (plain,) = torch.autograd.grad(cka(x, y), x)
+    (graphed,) = torch.autograd.grad(cka(x, y), x, create_graph=True)
+    assert torch.equal(plain, graphed.detach())
+
+
+def test_explain_gives_every_backend_and_the_reason_it_cannot_run():
+    by_name = {backend: (available, reason) for backend, available, reason in explain("cka")}
+    assert by_name["reference"] == (True, "")
+    assert by_name["cpp"] == (False, "no kernel for cka in this version")
+    assert list(by_name) == list(dispatch.BACKENDS)
+
+
+def test_explain_of_an_unknown_operator_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'ckaa' is unknown.*attention_kl.*layer_projection"):
+        explain("ckaa")
+
+
+def kernel(result, reason=None):
+    return dispatch.Kernel(
+        load=lambda: lambda **arguments: result, refuses=lambda **arguments: reason
+    )
+
+
+def test_auto_picks_the_first_kernel_that_can_serve(monkeypatch):
+    monkeypatch.setitem(dispatch.KERNELS, ("cka", "cpp"), kernel("cpp result"))
+    assert cka(torch.rand(4, 2), torch.rand(4, 2)) == "cpp result"
+    monkeypatch.setitem(dispatch.KERNELS, ("cka", "cpp"), kernel("cpp result", "d is odd"))
+    assert isinstance(cka(torch.rand(4, 2), torch.rand(4, 2)), torch.Tensor)
+
+
+def test_reason_of_a_verifier_is_in_the_error(monkeypatch):
+    monkeypatch.setitem(dispatch.KERNELS, ("cka", "cpp"), kernel(None, "d = 2 is below 8"))
+    with pytest.raises(RuntimeError, match="cpp: d = 2 is below 8"):
+        cka(torch.rand(4, 2), torch.rand(4, 2), backend="cpp")
+
+
+def test_kernel_that_cannot_be_imported_is_a_reason_and_not_a_crash(monkeypatch):
+    def load():
+        raise ImportError("triton is not installed: pip install triton")
+
+    monkeypatch.setitem(dispatch.KERNELS, ("cka", "triton"), dispatch.Kernel(load))
+    assert explain("cka")[2] == ("triton", False, "triton is not installed: pip install triton")
+    with pytest.raises(RuntimeError, match="triton: triton is not installed: pip install"):
+        cka(torch.rand(4, 2), torch.rand(4, 2), backend="triton")
+    assert isinstance(cka(torch.rand(4, 2), torch.rand(4, 2)), torch.Tensor)
+
+
+def test_kdfast_log_says_what_auto_picked(monkeypatch, caplog):
+    x = torch.rand(1, 1, 3, 2)
+    monkeypatch.delenv("KDFAST_LOG", raising=False)
+    with caplog.at_level(logging.INFO, logger="kdfast"):
+        attention_kl(x, x, x, x)
+        assert not caplog.records
+        monkeypatch.setenv("KDFAST_LOG", "1")
+        attention_kl(x, x, x, x)
+    assert "attention_kl: auto picked reference for query_s=float32[1, 1, 3, 2]" in caplog.text
+
+
+def test_kdfast_log_is_seen_without_setting_up_logging():
+    code = "import torch; from kdfast.ops import cka; cka(torch.rand(4, 2), torch.rand(4, 2))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "KDFAST_LOG": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "cka: auto picked reference" in run.stderr
+
+
+def test_importing_the_operators_needs_torch_only():
+    code = (
+        "import sys, torch; before = set(sys.modules); import kdfast.ops; "
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"triton", "transformers", "numpy", "sklearn"} & set(run.stdout.split())
+
+
+@pytest.mark.parametrize("device", ["meta"])
+@operators
+def test_devices_without_kernels_of_their_own_use_the_reference(operator, device):
+    def move(x):
+        return [move(y) for y in x] if isinstance(x, (list, tuple)) else x.detach().to(device)
+
+    result = getattr(ops, operator)(*move(inputs_of(operator)))
+    tensor = result[1] if isinstance(result, tuple) else result
+    assert tensor.device.type == device
