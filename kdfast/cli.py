@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -63,6 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from kdfast.errors import InputError
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(
+            "the command line runs in one process: to train on several, use DistillationTrainer in "
+            "a script under accelerate launch or torchrun"
+        )
+    # One GPU of several, before torch looks: otherwise the Trainer would run them as threads.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     # Imported here: `kdfast --help` answers at once.
     from transformers.utils import logging
 

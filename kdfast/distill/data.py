@@ -700,6 +700,8 @@ class DistillationCollator:
             if tokenizer is None:
                 continue
             names = [name for name in tokenizer.model_input_names if f"{prefix}{name}" in rows[0]]
+            if not names:  # a run that needs no teacher drops the teacher's columns
+                continue
             features = [{name: row[f"{prefix}{name}"] for name in names} for row in rows]
             padded = pad_without_fast_tokenizer_warning(tokenizer, features, return_tensors="pt")
             batch |= {f"{prefix}{name}": padded[name] for name in names}

@@ -45,12 +45,15 @@ def predict(
     """
     model.eval()
     logits, labels = [], []
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
-    for batch in tqdm(loader, desc=progress, leave=False):
+    # Rows of like length together: a batch is padded to its longest row.
+    order = torch.tensor([len(ids) for ids in dataset["input_ids"]]).argsort()
+    loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=collator)
+    for batch in tqdm(loader, desc=f"  {progress}", leave=False):
         labels.append(batch["labels"])
         inputs = {k: v.to(model.device) for k, v in inputs_of(batch, role).items()}
         logits.append(model(**inputs).logits.float().cpu())
-    return Predictions(torch.cat(logits), torch.cat(labels))
+    back = order.argsort()
+    return Predictions(torch.cat(logits)[back], torch.cat(labels)[back])
 
 
 def scores(predictions: Predictions, *, regression: bool) -> dict[str, float]:

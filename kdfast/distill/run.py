@@ -55,6 +55,7 @@ from kdfast.distill.models import (
 from kdfast.distill.report import write_report
 from kdfast.distill.trainer import (
     STATE_FILE,
+    Announcement,
     DistillationArguments,
     DistillationTrainer,
     last_whole_checkpoint,
@@ -82,7 +83,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     run_dir = Path(config.output_dir).expanduser()
     _check_run_directory(run_dir, config)
     splits = load_data(config.data)
-    _check_parts(splits, need_teacher=config.teacher is None)
+    own = ("teacher_train",) if config.teacher is None else ()
+    _check_parts(splits, "student_train", "test", *own)
     for note in splits.notes:
         say(f"data: {note}")
     say(
@@ -100,10 +102,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     splits = check_labels(splits, teacher.config)
     setup = _prepare(config, splits, teacher, teacher_tokenizer)
     say(f"teacher: {model_shape(teacher).describe()}, {parameter_count(teacher):,} parameters")
-    say(
-        f"student: {model_shape(setup.student(config.seeds[0])).describe()}, attention dropout "
-        f"{config.student.attention_dropout} while distilling"
-    )
+    say(f"student: {model_shape(setup.student(config.seeds[0])).describe()}")
     teacher_file = run_dir / "teacher_predictions.safetensors"
     teacher_test = _cached_predictions(
         teacher_file,
@@ -144,7 +143,7 @@ def finetune(config: FinetuneConfig) -> Path:
     if config.overwrite and target.exists() and not (target / "config.json").is_file():
         raise InputError(f"output_dir {target} holds something that is no model: choose another")
     splits = load_data(config.data)
-    _check_parts(splits, need_teacher=True)
+    _check_parts(splits, "teacher_train")
     for note in splits.notes:
         say(f"data: {note}")
     _finetune_into(target, config, splits)
@@ -182,7 +181,9 @@ def evaluate(model_name: str, config: EvaluateConfig) -> dict[str, float]:
     if config.teacher is not None:
         teacher = load_classifier(config.teacher, trust_remote_code=config.trust_remote_code)
         check_labels(splits, teacher.config)
-        teacher_tokenizer = load_tokenizer(config.teacher)
+        teacher_tokenizer = load_tokenizer(
+            config.teacher, trust_remote_code=config.trust_remote_code
+        )
         teacher_test = predict(
             _to_device(teacher),
             tokenize(rows, teacher_tokenizer, length),
@@ -314,7 +315,10 @@ def _prepare(
 ) -> _Setup:
     base_name = config.student.base
     from_teacher = base_name == "teacher"
-    tokenizer = teacher_tokenizer if from_teacher else load_tokenizer(base_name)
+    remote = config.trust_remote_code
+    tokenizer = (
+        teacher_tokenizer if from_teacher else load_tokenizer(base_name, trust_remote_code=remote)
+    )
     shared = from_teacher or same_vocabulary(tokenizer, teacher_tokenizer)
     extra = None if shared else teacher_tokenizer
     length = config.data.max_length  # type: ignore[attr-defined]
@@ -322,7 +326,7 @@ def _prepare(
         config=config,
         splits=splits,
         teacher=teacher,
-        base=teacher if from_teacher else _new_classifier(base_name, splits, False),
+        base=teacher if from_teacher else _new_classifier(base_name, splits, remote),
         tokenizer=tokenizer,
         teacher_tokenizer=teacher_tokenizer,
         collator=DistillationCollator(tokenizer, extra),
@@ -362,8 +366,8 @@ def _one_student(
         teacher_processing_class=setup.teacher_tokenizer,
         callbacks=[timer],
     )
-    if seed == config.seeds[0]:
-        say("\n".join("  " + line for line in trainer.recipe.table().splitlines()))
+    if seed != config.seeds[0]:
+        trainer.remove_callback(Announcement)
     _train(trainer, way["name"])
     trainer.close()
     result = predict(student, setup.test, setup.collator, progress="test")
@@ -502,7 +506,9 @@ def _preflight(config: DistillConfig, splits: Splits) -> None:
     small = copy.copy(splits)
     small.student_train = splits.student_train.select(range(2))
     small.test = splits.test.select(range(2))
-    tokenizer = load_tokenizer(config.teacher or config.teacher_base)
+    tokenizer = load_tokenizer(
+        config.teacher or config.teacher_base, trust_remote_code=config.trust_remote_code
+    )
     setup = _prepare(config, small, teacher, tokenizer)
     student = setup.student(0)
     needs = Needs()
@@ -522,8 +528,8 @@ def _preflight(config: DistillConfig, splits: Splits) -> None:
         Capture(model, needs).close()
 
 
-def _check_parts(splits: Splits, *, need_teacher: bool) -> None:
-    for part in ("student_train", "test", *(("teacher_train",) if need_teacher else ())):
+def _check_parts(splits: Splits, *needed: str) -> None:
+    for part in needed:
         if len(getattr(splits, part)) < 2:
             raise InputError(
                 f"data.{part} has {len(getattr(splits, part))} rows and needs at least 2: set "
@@ -549,7 +555,8 @@ def _check_run_directory(run_dir: Path, config: DistillConfig) -> None:
             f"output_dir {run_dir} already has results: choose another output_dir, or set "
             "overwrite=true to replace them"
         )
-    if (run_dir / CONFIG_FILE).read_text() != _identity(config):
+    begun = (run_dir / "students").exists() or (run_dir / "work").exists()
+    if begun and (run_dir / CONFIG_FILE).read_text() != _identity(config):
         raise InputError(
             f"output_dir {run_dir} holds an unfinished run of another configuration: choose "
             "another output_dir, or set overwrite=true to start afresh"

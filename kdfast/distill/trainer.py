@@ -22,9 +22,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from kdfast.captured import Captured
 from kdfast.distill.capture import Capture, model_shape
@@ -32,8 +37,6 @@ from kdfast.distill.data import same_vocabulary
 from kdfast.distill.models import set_attention_dropout
 from kdfast.errors import InputError
 from kdfast.recipes import Recipe, build_recipe
-
-logger = logging.get_logger("kdfast")
 
 TEACHER_PREFIX = "teacher_"
 STATE_FILE = "kdfast_state.safetensors"
@@ -126,8 +129,9 @@ class DistillationTrainer(Trainer):
         if not self._shared_tokens and recipe.needs_teacher and recipe.token_aligned:
             raise InputError(
                 "student and teacher have different vocabularies, and "
-                f"{' and '.join(recipe.token_aligned)} of this recipe compare token by token: choose "
-                "losses on [CLS] states or logits (e.g. attention_weight=0 cosine_rows=cls), or models that share a tokenizer"
+                f"{' and '.join(recipe.token_aligned)} of this recipe compare token by token: "
+                "choose losses on [CLS] states or logits (e.g. attention_weight=0 "
+                "cosine_rows=cls), or models that share a tokenizer"
             )
 
         super().__init__(model=model, args=args, **kwargs)
@@ -140,12 +144,14 @@ class DistillationTrainer(Trainer):
         # For releases without loss_is_scaled_for_ga: the student's own loss is not the one trained.
         self.model_accepts_loss_kwargs = False
 
+        announcement = [recipe.table()]
         if args.attention_dropout is not None:
             layers = set_attention_dropout(model, args.attention_dropout)
-            logger.info(
-                f"student attention dropout set to {args.attention_dropout} in {layers} layers for "
-                "distillation (attention_dropout=None keeps the model's own)"
+            announcement.append(
+                f"  student attention dropout set to {args.attention_dropout:g} in {layers} layers "
+                "(attention_dropout=None keeps the model's own)"
             )
+        self.add_callback(Announcement("\n".join(announcement)))
         self.recipe = recipe.to(self.args.device)
         self.teacher: PreTrainedModel | None = None
         self._student_capture = Capture(model, recipe.needs)
@@ -157,8 +163,6 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._summed = 0
         self._stepped = True
-        if self.args.should_save:
-            logger.info(recipe.table())
 
     # The loss
 
@@ -327,6 +331,17 @@ class DistillationTrainer(Trainer):
             self._sums.clear()
             self._summed = 0
         super().log(logs, *args, **kwargs)
+
+
+class Announcement(TrainerCallback):
+    """Prints what is about to be trained; trainer.remove_callback(Announcement) for silence."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            print(self.text, flush=True)
 
 
 def last_whole_checkpoint(directory: str | Path) -> str | None:

@@ -62,16 +62,14 @@ def attention_kl(
             cu_seqlens=cu_seqlens,
             device=query_s.device,
         )
-        hidden, idle = ~visible, ~takes_part.unsqueeze(-1)
+        hidden, idle, unseen = ~visible, ~takes_part[..., None], ~visible.any(-2)[..., None]
 
         def scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
             # What padding holds (NaN, say) must not reach a gradient as 0 * NaN.
-            query = query.masked_fill(idle, 0.0)
-            if attention_mask is not None:
-                key = key.masked_fill(~attention_mask.bool()[:, None, :, None], 0.0)
-            divided = _scores(query, key, scale, relation_heads) / temperature
+            query, key = query.masked_fill(idle, 0.0), key.masked_fill(unseen, 0.0)
+            values = _scores(query, key, scale, temperature, relation_heads)
             # A row without keys gets equal scores rather than -inf, whose softmax would be NaN.
-            return divided.masked_fill(hidden, -torch.inf).masked_fill(idle, 0.0)
+            return values.masked_fill(hidden, -torch.inf).masked_fill(idle, 0.0)
 
         log_t = torch.log_softmax(scores(query_t, key_t, scale_t), dim=-1)
         if match_heads == "mean":
@@ -124,8 +122,14 @@ def _visibility(
     return visible, takes_part
 
 
-def _scores(query: Tensor, key: Tensor, scale: float | None, relation_heads: int | None) -> Tensor:
-    """scale Q K^T [B, H, Nq, Nk], in float32 or better."""
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    temperature: float,
+    relation_heads: int | None,
+) -> Tensor:
+    """scale Q K^T / temperature [B, H, Nq, Nk], in float32 or better."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     query, key = query.to(dtype), key.to(dtype).repeat_interleave(group, dim=1)
@@ -136,7 +140,7 @@ def _scores(query: Tensor, key: Tensor, scale: float | None, relation_heads: int
         )
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return query @ key.transpose(-1, -2) * scale
+    return query @ key.transpose(-1, -2) * (scale / temperature)
 
 
 def _log_mean_over_heads(log_p: Tensor) -> Tensor:

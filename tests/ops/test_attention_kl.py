@@ -284,7 +284,13 @@ def test_packed_mean_equals_the_padded_mean():
 def test_packed_tokens_after_the_last_boundary_are_padding():
     packed = [x[0].transpose(0, 1).clone() for x in four(b=1, n=6)]
     loss = attention_kl(*(x[:4] for x in packed), cu_seqlens=torch.tensor([0, 4]))
-    torch.testing.assert_close(attention_kl(*packed, cu_seqlens=torch.tensor([0, 4])), loss)
+    for x in packed:
+        x[4:] = math.nan
+    packed[0].requires_grad_()
+    padded = attention_kl(*packed, cu_seqlens=torch.tensor([0, 4]))
+    padded.backward()
+    torch.testing.assert_close(padded, loss)
+    assert packed[0].grad.isfinite().all()
 
 
 def test_packed_query_mask_selects_rows():

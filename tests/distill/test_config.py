@@ -1,0 +1,123 @@
+"""Configurations: shipped, overridden, and every way of getting one wrong."""
+
+import pytest
+
+from kdfast.distill.config import (
+    DistillConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    dump_config,
+    read_config,
+    shipped,
+)
+from kdfast.errors import InputError
+
+
+@pytest.mark.parametrize("name", [n for n in shipped() if n != "finetune"])
+@pytest.mark.parametrize("quick", ["true", "false"])
+def test_every_shipped_configuration_is_valid(name, quick):
+    assert read_config(DistillConfig, name, [f"quick={quick}"]).ways()
+
+
+def test_the_shipped_finetune_configuration_is_valid():
+    assert read_config(FinetuneConfig, "finetune").data.student_train == 0
+
+
+def test_the_quickstart_is_what_the_readme_says():
+    config = read_config(DistillConfig, "quickstart")
+    assert [way["name"] for way in config.ways()] == ["labels", "soft_labels", "internal"]
+    assert len(config.seeds) == 3 and config.data.test >= 4000
+    assert 150 <= config.training.steps <= 200 and config.data.student_train == 1000
+
+
+def test_overrides_change_single_keys():
+    config = read_config(DistillConfig, "quickstart", ["training.steps=7", "data.path=my.csv"])
+    assert (config.training.steps, config.data.path) == (7, "my.csv")
+    assert config.training.learning_rate == 2e-4
+
+
+def test_scientific_notation_without_a_point_is_a_number():
+    config = read_config(DistillConfig, "quickstart", ["training.learning_rate=3e-4"])
+    assert config.training.learning_rate == 3e-4
+
+
+def test_naming_a_recipe_replaces_the_section_and_its_options_can_follow():
+    config = read_config(
+        DistillConfig,
+        "quickstart",
+        ["recipe=fsd", "recipe.estimator=unbiased", "recipe.form=one_minus"],
+    )
+    assert config.recipe == {"name": "fsd", "estimator": "unbiased", "form": "one_minus"}
+
+
+def test_the_users_own_overrides_win_over_quick():
+    config = read_config(DistillConfig, "quickstart", ["data.test=77", "quick=true"])
+    assert config.data.test == 77 and config.seeds == [1]
+
+
+def test_a_dumped_configuration_reads_back_equal(tmp_path):
+    config = read_config(DistillConfig, "quickstart", ["seeds=[4,5]"])
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert read_config(DistillConfig, str(tmp_path / "c.yaml")) == config
+
+
+def test_steps_and_epochs_together_are_refused_and_neither_means_three_epochs():
+    with pytest.raises(InputError, match="steps or epochs"):
+        read_config(DistillConfig, "quickstart", ["training.epochs=2"])
+    assert read_config(DistillConfig, None).training.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainign.steps=3"], r"unknown key 'trainign' \(did you mean 'training'\?\)"),
+        (["training.step=3"], r"did you mean 'training.steps'"),
+        (["data.pth=x"], r"did you mean 'data.path'"),
+        (["training.steps=many"], r"training.steps: .*was 'many'"),
+        (["training.steps=0"], r"training.steps: .*greater than or equal to 1, was 0"),
+        (["training.learning_rate=-1"], r"training.learning_rate"),
+        (["seeds=[]"], r"seeds"),
+        (["seeds=[1,1]"], r"seeds must differ"),
+        (["recipe=intrenal"], r"did you mean 'internal'"),
+        (["recipe.cosine_wight=3"], r"did you mean 'cosine_weight'"),
+        (["recipe.name=internal", "baselines=[internal]"], r"differ by name"),
+        (["training.arguments.optimm=x"], r"arguments.optimm.*did you mean 'optim"),
+        (["training.arguments.seed=3"], r"arguments.seed"),
+        (["nonsense"], r"should be key=value"),
+        (["student.attention_dropout=1.5"], r"student.attention_dropout"),
+        (["quick_overrides=3", "quick=true"], r"quick_overrides"),
+    ],
+)
+def test_bad_keys_and_values_are_named_in_one_line(overrides, message):
+    with pytest.raises(InputError, match=message) as error:
+        read_config(DistillConfig, "quickstart", overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must be a mapping"),
+        ("data: [unclosed\n", "not valid YAML"),
+        ("output_dir: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_configuration_are_refused(text, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config(DistillConfig, str(tmp_path / "c.yaml"))
+
+
+def test_an_unknown_configuration_lists_the_shipped_ones():
+    with pytest.raises(InputError, match="did you mean 'quickstart'.*universal"):
+        read_config(DistillConfig, "quickstrat")
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(InputError, match="nowhere.yaml cannot be read"):
+        read_config(DistillConfig, "nowhere.yaml")
+
+
+def test_evaluation_keys_are_checked_too():
+    with pytest.raises(InputError, match="did you mean 'teacher'"):
+        read_config(EvaluateConfig, None, ["techer=x"])
