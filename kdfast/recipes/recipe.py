@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from kdfast.captured import Captured, LayerAttention, ModelShape, Needs
 from kdfast.errors import InputError
-from kdfast.losses import AttentionKLLoss, RelationKLLoss, SoftLabelLoss
+from kdfast.losses import AttentionKLLoss, SoftLabelLoss
 from kdfast.recipes.layer_map import LayerMap
 
 
@@ -192,33 +192,6 @@ class AttentionTerm(Term):
         ]
         total = torch.stack(losses).sum()
         return total / len(self.pairs) if self.loss.layers == "mean" else total
-
-
-class RelationTerm(Term):
-    """MiniLMv2 relations of the mapped layer pairs."""
-
-    needs = Needs(attention=True)
-    token_aligned = True
-
-    def __init__(self, weight: float, loss: RelationKLLoss, pairs: LayerMap) -> None:
-        super().__init__(
-            weight, f"Q-Q, K-K, V-V relations, {loss.relation_heads} heads, {describe_pairs(pairs)}"
-        )
-        self.loss = loss
-        self.pairs = pairs
-
-    def forward(
-        self, student: Captured, teacher: Captured, labels: torch.Tensor | None
-    ) -> torch.Tensor:
-        layers_s = [student.attention[i - 1] for i, _ in self.pairs]
-        layers_t = [teacher.attention[j - 1] for _, j in self.pairs]
-        return self.loss(
-            *([layer.query for layer in layers_s], [layer.key for layer in layers_s]),
-            [layer.value for layer in layers_s],
-            *([layer.query for layer in layers_t], [layer.key for layer in layers_t]),
-            [layer.value for layer in layers_t],
-            student.attention_mask,
-        )
 
 
 def logits_of(captured: Captured, role: str) -> torch.Tensor:
