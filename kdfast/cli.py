@@ -50,16 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if options.debug:
             raise
-        print(
-            "\nkdfast: interrupted; the last checkpoint is whole, and the same command goes on "
-            "from it",
-            file=sys.stderr,
-        )
+        goes_on = options.command in ("distill", "finetune")
+        how = "; the same command goes on from the last checkpoint" if goes_on else ""
+        print(f"\nkdfast: interrupted{how}", file=sys.stderr)
         return 2
-    except InputError as error:
+    except Exception as error:
         if options.debug:
             raise
-        print(f"kdfast: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        if not isinstance(error, (InputError, OSError)):
+            message = f"{type(error).__name__}: {message} (--debug shows where)"
+        print(f"kdfast: {message}", file=sys.stderr)
         return 2
 
 

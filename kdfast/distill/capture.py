@@ -16,6 +16,7 @@ dtype; what leaves the model through accelerate would come back as fp32, twice t
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -52,6 +53,9 @@ class _Recorder:
 # One for the process: torch.compile can guard a module global, not a context variable. Captures do
 # not nest and models of one process run one after the other.
 _recorder = _Recorder()
+
+# How many captures hold a model (two trainers may share a teacher), and what attention it had.
+_held: weakref.WeakKeyDictionary[nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
 
 
 def _recording_sdpa(
@@ -127,8 +131,8 @@ class Capture:
             for hidden states or attentions (evaluation would keep them all), or, when attention is
             needed, a model whose maps its queries and keys do not give.
 
-    Calling it runs the model: `outputs, captured = capture(inputs)`. `close()` gives the model its
-    own attention function back.
+    Calling it runs the model: `outputs, captured = capture(inputs)`. `replaced` is the attention
+    implementation that captured SDPA stands in for, or None; `close()` gives it back.
     """
 
     def __init__(self, model: PreTrainedModel, needs: Needs) -> None:
@@ -157,9 +161,7 @@ class Capture:
         self.shape = model_shape(model)
         self.layers = self.shape.layers
         self._handles: list[Any] = []
-        # Another capture may hold the model already, such as an earlier trainer's of its teacher.
-        own = model.config._attn_implementation
-        self._own_attention = "sdpa" if own == ATTENTION_NAME else own
+        self.replaced: str | None = None
         if needs.attention:
             self.mechanism = self._install_attention()
         if needs.hidden_states:
@@ -201,12 +203,18 @@ class Capture:
         return outputs, captured
 
     def close(self) -> None:
-        """Remove the hooks and restore the model's own attention function."""
+        """Remove the hooks and, with the model's last capture, restore its attention function."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self.model.config._attn_implementation == ATTENTION_NAME:
-            self.model.set_attn_implementation(self._own_attention)
+        if self.replaced is not None:
+            self.replaced = None
+            holders, own = _held[self.model]
+            _held[self.model] = (holders - 1, own)
+            if holders == 1:
+                del _held[self.model]
+                if self.model.config._attn_implementation == ATTENTION_NAME:
+                    self.model.set_attn_implementation(own)
 
     def __enter__(self) -> Capture:
         return self
@@ -249,11 +257,16 @@ class Capture:
     def _use_interface(self) -> bool:
         if not getattr(self.model, "_supports_sdpa", False):
             return False
+        own = self.model.config._attn_implementation
         try:
             self.model.set_attn_implementation(ATTENTION_NAME)
         except ValueError:  # families before the attention interface refuse unknown names
             return False
-        return self.model.config._attn_implementation == ATTENTION_NAME
+        if self.model.config._attn_implementation != ATTENTION_NAME:
+            return False
+        holders, self.replaced = _held.get(self.model, (0, own))
+        _held[self.model] = (holders + 1, self.replaced)
+        return True
 
     def _use_hooks(self) -> bool:
         attention_modules = [

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.resources
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import yaml
@@ -19,9 +19,13 @@ from kdfast.errors import InputError, nearest
 from kdfast.recipes import check_recipe
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 # Set by the run itself, or contradicting it.
-_OWN_ARGUMENTS = {"output_dir", "max_steps", "recipe", "recipe_options", "seed", "use_cpu"}
+_OWN_ARGUMENTS = {
+    *("output_dir", "max_steps", "recipe", "recipe_options", "seed", "use_cpu"),
+    *("push_to_hub", "load_best_model_at_end", "eval_strategy", "do_eval"),
+}
 
 DataConfig = dataclass(data.DataConfig, config=STRICT)
 
@@ -50,13 +54,20 @@ class TrainingConfig:
             raise ValueError("give steps or epochs, not both")
         if self.steps is None and self.epochs is None:
             self.epochs = 3.0
-        known = {f.name for f in dataclasses.fields(TrainingArguments)} - _OWN_ARGUMENTS
-        for key in self.arguments:
+        known = {
+            f.name: f.default
+            for f in dataclasses.fields(TrainingArguments)
+            if f.name not in _OWN_ARGUMENTS
+        }
+        for key, value in self.arguments.items():
             if key not in known:
                 raise ValueError(
                     f"arguments.{key} is not a field of transformers.TrainingArguments that can be "
                     f"set here{nearest(key, known)}"
                 )
+            number = isinstance(known[key], (int, float)) and not isinstance(known[key], bool)
+            if number and not isinstance(value, (int, float)):
+                raise ValueError(f"arguments.{key} must be a number, was {value!r}")
 
 
 @dataclass(config=STRICT)
@@ -76,8 +87,8 @@ class StudentConfig:
 
 def _named_recipe(value: Any, where: str) -> dict[str, Any]:
     section = {"name": value} if isinstance(value, str) else dict(value)
-    if "name" not in section:
-        raise ValueError(f"{where} needs a name")
+    if not isinstance(section.get("name"), str):
+        raise ValueError(f"{where} needs a name, was {value!r}")
     check_recipe(section["name"], {k: v for k, v in section.items() if k != "name"})
     return section
 
@@ -101,7 +112,7 @@ class DistillConfig:
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     recipe: str | dict[str, Any] = "internal"
     baselines: list[str | dict[str, Any]] = dataclasses.field(default_factory=list)
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     tfidf: bool = True
     cka_sentences: int = Field(default=512, ge=8)
@@ -135,7 +146,7 @@ class FinetuneConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)  # type: ignore[valid-type]
     model: str = "demo:minilm"
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    seed: int = 0
+    seed: Seed = 0
     output_dir: str = "runs/teacher"
     overwrite: bool = False
     trust_remote_code: bool = False
@@ -172,9 +183,12 @@ def read_config(kind: type[Config], source: str | None, overrides: Sequence[str]
     values: dict[str, Any] = {} if source is None else _load(source)
     own: list[tuple[str, Any]] = [_parse_override(text) for text in overrides]
     quick: Any = {}
-    if dict(own).get("quick", values.get("quick")) is True:
+    wanted = dict(own).get("quick", values.get("quick", False))
+    if wanted is not False:
+        if wanted is not True:
+            raise InputError(f"quick must be true or false, was {wanted!r}")
         quick = values.get("quick_overrides") or {}
-        if not isinstance(quick, Mapping):
+        if not isinstance(quick, Mapping) or not all(isinstance(key, str) for key in quick):
             raise InputError("quick_overrides must map keys to values")
     # The user's own words come last: quick=true data.test=500 keeps the 500.
     for key, value in [*quick.items(), *own]:
@@ -251,11 +265,17 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _explain(kind: type, error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _keys(kind)
+    known = _keys(kind)
+    unknown = first["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    parts: list[str] = []
+    for part in map(str, first["loc"]):
+        # After a key, the location also names the alternative of a union that was tried.
+        if unknown or ".".join([*parts, part]) in known:
+            parts.append(part)
+    where = ".".join(parts)
+    if unknown:
         return f"unknown key '{where}'{nearest(where, known) or _known_at(where, known)}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").split(" or an instance of ")[0]
     at = f"{where}: " if where else ""
     given = "" if first["type"] == "value_error" else f", was {first['input']!r}"
     return f"{at}{message[0].lower()}{message[1:]}{given}"

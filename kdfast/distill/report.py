@@ -28,6 +28,8 @@ COLUMNS = {
     "mse_to_teacher": ("squared difference to teacher", False),
     "cka_to_teacher": ("CKA to teacher", False),
 }
+# No value of one sentence: their standard error counts seeds alone.
+OVER_ALL_SENTENCES = ("pearson", "spearman", "cka_to_teacher")
 PER_SENTENCE = ("accuracy", "agreement", "kl_to_teacher", "mse_to_teacher")
 
 
@@ -86,22 +88,21 @@ def compare(run_dir: Path, results: dict[str, Any]) -> dict[str, Any]:
             measure: {
                 "difference": float(mean[k]),
                 "standard_error": float(variance[k].sqrt()),
-                "noise": bool(mean[k].abs() < 2 * variance[k].sqrt()),
+                "noise": bool(mean[k].abs() <= 2 * variance[k].sqrt()),
             }
             for k, measure in enumerate(measures)
         }
-        cka = torch.tensor(
-            [
-                a["cka_to_teacher"] - b["cka_to_teacher"]
-                for a, b in zip(ways[way], ways[reference], strict=True)
-            ]
-        )
-        if seeds > 1:
-            error = float(cka.std() / math.sqrt(seeds))
-            differences[way]["cka_to_teacher"] = {
-                "difference": float(cka.mean()),
+        for measure in OVER_ALL_SENTENCES:
+            if seeds == 1 or measure not in results["students"][0]:
+                continue
+            each = torch.tensor(
+                [a[measure] - b[measure] for a, b in zip(ways[way], ways[reference], strict=True)]
+            )
+            error = float(each.std() / math.sqrt(seeds))
+            differences[way][measure] = {
+                "difference": float(each.mean()),
                 "standard_error": error,
-                "noise": bool(cka.mean().abs() < 2 * error),
+                "noise": bool(each.mean().abs() <= 2 * error),
             }
     return {"reference": reference, "differences": differences}
 
@@ -139,7 +140,7 @@ def markdown(results: dict[str, Any]) -> str:
                 *(_mean_sd([r[c] for r in records], COLUMNS[c][1]) for c in columns),
                 f"{records[0]['parameters'] / 1e6:.1f} M",
                 f"{records[0]['trained_parameters'] / 1e6:.1f} M",
-                f"{statistics.median(r['milliseconds_per_step'] for r in records):.0f}",
+                _milliseconds([r["milliseconds_per_step"] for r in records]),
             ]
         )
     teacher = results["teacher"]
@@ -152,6 +153,10 @@ def markdown(results: dict[str, Any]) -> str:
         f"Mean ± standard deviation over {seeds} seeds."
         if seeds > 1
         else "One seed: no spread over seeds is known."
+    )
+    lines.append(
+        f"CKA is the unbiased estimate over {results['cka_rows']} of "
+        f"{results['cka_sentences']} test sentences, mean over uniformly mapped layers."
     )
     comparison = results.get("comparison")
     if comparison:
@@ -171,8 +176,7 @@ def markdown(results: dict[str, Any]) -> str:
             "",
             "A difference below two standard errors is marked noise. The standard error counts "
             + ("test sentences and seeds." if seeds > 1 else "test sentences alone (one seed).")
-            + " CKA is the unbiased estimate over test tokens, mean over uniformly mapped layers"
-            + ("; its error counts seeds alone." if seeds > 1 else "."),
+            + (" That of CKA and of correlations counts seeds alone." if seeds > 1 else ""),
         ]
     return "\n".join(lines)
 
@@ -208,6 +212,11 @@ def _mean_sd(values: Sequence[float], percent: bool) -> str:
     if len(values) == 1:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {scale * statistics.stdev(values):.{digits}f}"
+
+
+def _milliseconds(medians: Sequence[float | None]) -> str:
+    known = [m for m in medians if m is not None]
+    return f"{statistics.median(known):.0f}" if known else ""
 
 
 def _difference(entry: dict[str, Any] | None, column: str) -> str:
@@ -304,7 +313,7 @@ def _plot_alignment(folder: Path, results: dict[str, Any]) -> Path:
         axis.set_xlabel("teacher layer (0: embeddings)", fontsize=8)
     axes[0].set_ylabel("student layer", fontsize=8)
     assert image is not None
-    figure.colorbar(image, ax=list(axes), label="unbiased CKA over test tokens", shrink=0.9)
+    figure.colorbar(image, ax=list(axes), label="unbiased CKA", shrink=0.9)
     return _finish(figure, folder / "cka.png")
 
 

@@ -9,9 +9,10 @@ import math
 import os
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
-from kdfast.captured import Needs
-from kdfast.distill.capture import Capture, model_shape
+from kdfast.distill.capture import model_shape
 from kdfast.distill.config import (
     DistillConfig,
     EvaluateConfig,
@@ -62,11 +63,14 @@ from kdfast.distill.trainer import (
     remove_partial_checkpoints,
 )
 from kdfast.errors import InputError
-from kdfast.recipes import Recipe, build_recipe
+from kdfast.recipes import Recipe
 from kdfast.recipes.layer_map import layer_map
 
-CONFIG_FILE = "config.yaml"
+# What a run directory holds; its identity, written first, is what marks a directory as one.
+IDENTITY_FILE = "kdfast_run.yaml"
 RESULTS_FILE = "results.json"
+TEACHER_FILE = "teacher_predictions.safetensors"
+RUN_ENTRIES = ("students", "work", "plots", "results.md", RESULTS_FILE, TEACHER_FILE, IDENTITY_FILE)
 
 
 def say(text: str = "") -> None:
@@ -81,7 +85,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     run_dir = Path(config.output_dir).expanduser()
-    _check_run_directory(run_dir, config)
+    _check_run_directory(run_dir, overwrite=config.overwrite)
     splits = load_data(config.data)
     own = ("teacher_train",) if config.teacher is None else ()
     _check_parts(splits, "student_train", "test", *own)
@@ -95,17 +99,17 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         )
         + " rows"
     )
-    _preflight(config, splits)
-    _claim_run_directory(run_dir, config)
+    tfidf = _tfidf(splits) if config.tfidf else None
+    digest = _preflight(config, splits)
+    _claim_run_directory(run_dir, config, _identity(config, splits, digest))
 
     teacher, teacher_tokenizer = _teacher(config, splits)
-    splits = check_labels(splits, teacher.config)
+    splits = _as_teacher_numbers(splits, teacher)
     setup = _prepare(config, splits, teacher, teacher_tokenizer)
     say(f"teacher: {model_shape(teacher).describe()}, {parameter_count(teacher):,} parameters")
     say(f"student: {model_shape(setup.student(config.seeds[0])).describe()}")
-    teacher_file = run_dir / "teacher_predictions.safetensors"
     teacher_test = _cached_predictions(
-        teacher_file,
+        run_dir / TEACHER_FILE,
         lambda: predict(
             teacher, setup.test, setup.collator, role="teacher", progress="teacher on test"
         ),
@@ -123,9 +127,11 @@ def distill(config: DistillConfig) -> dict[str, Any]:
             "parameters": parameter_count(teacher),
             **scores(teacher_test, regression=splits.regression),
         },
-        "tfidf": _tfidf(splits) if config.tfidf else None,
+        "tfidf": tfidf,
         "students": students,
         "regression": splits.regression,
+        "cka_rows": "all tokens" if setup.shared_tokens else "the [CLS] states",
+        "cka_sentences": min(config.cka_sentences, len(splits.test)),
         "seconds": round(time.perf_counter() - started, 1),
     }
     table = write_report(run_dir, results, RESULTS_FILE)
@@ -138,22 +144,27 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 def finetune(config: FinetuneConfig) -> Path:
     """Fine-tune a classifier on data.teacher_train and save it whole; returns its folder."""
     target = Path(config.output_dir).expanduser()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"output_dir {target} is a file: choose another")
     if target.exists() and any(target.iterdir()) and not config.overwrite:
-        raise InputError(f"output_dir {target} is not empty: choose another, or set overwrite=true")
-    if config.overwrite and target.exists() and not (target / "config.json").is_file():
-        raise InputError(f"output_dir {target} holds something that is no model: choose another")
+        raise InputError(
+            f"output_dir {target} is not empty: choose another, or set overwrite=true to replace "
+            "the model in it"
+        )
     splits = load_data(config.data)
     _check_parts(splits, "teacher_train")
     for note in splits.notes:
         say(f"data: {note}")
     _finetune_into(target, config, splits)
-    tokenizer = load_tokenizer(target)
+    remote = config.trust_remote_code
+    tokenizer = load_tokenizer(target, trust_remote_code=remote)
+    model = _to_device(load_classifier(target, trust_remote_code=remote))
     collator = DistillationCollator(tokenizer)
     for part in ("dev", "test"):
         rows = getattr(splits, part)
         if len(rows):
             dataset = tokenize(rows, tokenizer, config.data.max_length)  # type: ignore[attr-defined]
-            result = predict(load_classifier(target), dataset, collator, progress=part)
+            result = predict(model, dataset, collator, progress=part)
             say(f"{part}: {_line(scores(result, regression=splits.regression))}")
     say(f"written: {target}")
     return target
@@ -170,6 +181,8 @@ def evaluate(model_name: str, config: EvaluateConfig) -> dict[str, float]:
     for note in splits.notes:
         say(f"data: {note}")
     _to_device(model)
+    _check_parts(splits, config.part)
+    _check_length(model, config.data.max_length)  # type: ignore[attr-defined]
     rows, length = getattr(splits, config.part), config.data.max_length  # type: ignore[attr-defined]
     own = predict(
         model,
@@ -180,7 +193,7 @@ def evaluate(model_name: str, config: EvaluateConfig) -> dict[str, float]:
     result = scores(own, regression=splits.regression)
     if config.teacher is not None:
         teacher = load_classifier(config.teacher, trust_remote_code=config.trust_remote_code)
-        check_labels(splits, teacher.config)
+        theirs = check_labels(splits, teacher.config).label_names or []
         teacher_tokenizer = load_tokenizer(
             config.teacher, trust_remote_code=config.trust_remote_code
         )
@@ -190,6 +203,11 @@ def evaluate(model_name: str, config: EvaluateConfig) -> dict[str, float]:
             DistillationCollator(teacher_tokenizer),
             batch_size=config.batch_size,
         )
+        if not splits.regression:
+            # The teacher's columns in the order in which the model numbers its labels.
+            place = {name.strip().casefold(): i for i, name in enumerate(theirs)}
+            order = [place[name.strip().casefold()] for name in splits.label_names or []]
+            teacher_test.logits = teacher_test.logits[:, order]
         result |= fidelity(own, teacher_test, regression=splits.regression)
     say(f"{config.part}, {len(rows)} rows: {_line(result)}")
     return result
@@ -236,9 +254,17 @@ def _teacher(
 def _finetune_into(target: Path, config: FinetuneConfig, splits: Splits) -> None:
     set_seed(config.seed)
     model = _new_classifier(config.model, splits, config.trust_remote_code)
+    _check_length(model, config.data.max_length)  # type: ignore[attr-defined]
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     train = tokenize(splits.teacher_train, tokenizer, config.data.max_length)  # type: ignore[attr-defined]
     work = target.with_name(target.name + ".work")
+    identity = dump_config(replace(config, overwrite=False)) + splits.fingerprints["teacher_train"]
+    if work.exists() and _read(work / IDENTITY_FILE) != identity:
+        if not (work / IDENTITY_FILE).is_file():
+            raise InputError(f"{work} is needed for checkpoints and holds something else")
+        shutil.rmtree(work)  # checkpoints of another fine-tuning
+    work.mkdir(parents=True, exist_ok=True)
+    _write_text(work / IDENTITY_FILE, identity)
     trainer = DistillationTrainer(
         model=model,
         args=_arguments(config.training, len(train), work, config.seed, {"name": "labels"}, None),
@@ -322,11 +348,14 @@ def _prepare(
     shared = from_teacher or same_vocabulary(tokenizer, teacher_tokenizer)
     extra = None if shared else teacher_tokenizer
     length = config.data.max_length  # type: ignore[attr-defined]
+    base = teacher if from_teacher else _new_classifier(base_name, splits, remote)
+    for model in (base, teacher):
+        _check_length(model, length)
     return _Setup(
         config=config,
         splits=splits,
         teacher=teacher,
-        base=teacher if from_teacher else _new_classifier(base_name, splits, remote),
+        base=base,
         tokenizer=tokenizer,
         teacher_tokenizer=teacher_tokenizer,
         collator=DistillationCollator(tokenizer, extra),
@@ -450,9 +479,16 @@ def _train(trainer: DistillationTrainer, what: str) -> None:
     folder = str(trainer.args.output_dir)
     remove_partial_checkpoints(folder)
     checkpoint = last_whole_checkpoint(folder)
-    if checkpoint is not None:
-        say(f"  resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is None:
+        trainer.train()
+        return
+    say(f"  resuming from {checkpoint}")
+    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    if state.global_step < trainer.args.max_steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    else:  # trained to the end, cut off before it was scored
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
 
 
 class _Progress(ProgressCallback):
@@ -487,45 +523,81 @@ class _StepTimer(TrainerCallback):
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
 
-    def median(self) -> float:
-        return 1000 * statistics.median(self.seconds) if self.seconds else math.nan
+    def median(self) -> float | None:
+        """In milliseconds; None if every step was taken before this run was resumed."""
+        return 1000 * statistics.median(self.seconds) if self.seconds else None
 
 
 # Checks before anything is trained or overwritten
 
 
-def _preflight(config: DistillConfig, splits: Splits) -> None:
-    """Every recipe against models of the run's shapes, and their attention against capture."""
+def _preflight(config: DistillConfig, splits: Splits) -> str:
+    """One real training step of everything that will be trained, on a few rows.
+
+    What cannot work then fails before the long part, and before anything is overwritten. Returns a
+    digest of the teacher, or "" where the run makes it.
+    """
+    remote, own = config.trust_remote_code, config.teacher is not None
+    name = config.teacher or config.teacher_base
     teacher = (
-        _new_classifier(config.teacher_base, splits, config.trust_remote_code)
-        if config.teacher is None
-        else load_classifier(config.teacher, trust_remote_code=config.trust_remote_code)
+        load_classifier(name, trust_remote_code=remote)
+        if own
+        else _new_classifier(name, splits, remote)
     )
-    if config.teacher is not None:
-        check_labels(splits, teacher.config)
-    small = copy.copy(splits)
-    small.student_train = splits.student_train.select(range(2))
-    small.test = splits.test.select(range(2))
-    tokenizer = load_tokenizer(
-        config.teacher or config.teacher_base, trust_remote_code=config.trust_remote_code
+    if own:
+        splits = check_labels(splits, teacher.config)
+    few = copy.copy(splits)
+    for part in ("teacher_train", "student_train", "test"):
+        rows = getattr(splits, part)
+        setattr(few, part, rows.select(range(min(4, len(rows)))))
+    setup = _prepare(
+        config, few, _to_device(teacher), load_tokenizer(name, trust_remote_code=remote)
     )
-    setup = _prepare(config, small, teacher, tokenizer)
-    student = setup.student(0)
-    needs = Needs()
-    for way in config.ways():
-        options = {k: v for k, v in way.items() if k != "name"}
-        recipe = build_recipe(way["name"], model_shape(student), model_shape(teacher), **options)
-        needs = needs | recipe.needs
-        if recipe.needs_teacher and recipe.token_aligned and not setup.shared_tokens:
-            raise InputError(
-                f"teacher and student.base have different vocabularies, and "
-                f"{' and '.join(recipe.token_aligned)} of recipe '{way['name']}' compare token by "
-                "token: choose losses on [CLS] states or logits, or a student that shares the "
-                "teacher's tokenizer"
-            )
-        _arguments(config.training, len(splits.student_train), Path("unused"), 0, way, None)
-    for model in (student, teacher):
-        Capture(model, needs).close()
+    digest = _digest(teacher) if own else ""
+    trainings: list[tuple[dict[str, Any], TrainingConfig, float | None]] = [
+        (way, config.training, config.student.attention_dropout) for way in config.ways()
+    ]
+    if not own:
+        trainings.append(({"name": "labels"}, config.teacher_training, None))
+        Path(config.teacher_dir).expanduser().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for way, training, dropout in trainings:
+            arguments = _arguments(training, 4, Path(folder), config.seeds[0], way, dropout)
+            try:
+                _try_one_step(setup, setup.student(config.seeds[0]), arguments)
+            except InputError:
+                raise
+            except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+                raise InputError(f"{way['name']}: {error}") from error
+    return digest
+
+
+def _try_one_step(setup: _Setup, model: PreTrainedModel, arguments: DistillationArguments) -> None:
+    values = {
+        "max_steps": 1,
+        "per_device_train_batch_size": min(4, arguments.per_device_train_batch_size),
+        "gradient_accumulation_steps": 1,
+        "save_strategy": SaveStrategy.NO,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    for name, value in values.items():
+        setattr(arguments, name, value)
+    trainer = DistillationTrainer(
+        model=model,
+        teacher=setup.teacher,
+        args=arguments,
+        train_dataset=setup.train,
+        data_collator=setup.collator,
+        processing_class=setup.tokenizer,
+        teacher_processing_class=setup.teacher_tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(Announcement)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
 
 
 def _check_parts(splits: Splits, *needed: str) -> None:
@@ -537,47 +609,79 @@ def _check_parts(splits: Splits, *needed: str) -> None:
             )
 
 
-def _check_run_directory(run_dir: Path, config: DistillConfig) -> None:
+def _check_length(model: PreTrainedModel, length: int) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise InputError(
+            f"data.max_length is {length}, and {type(model).__name__} has {most} positions"
+        )
+
+
+def _as_teacher_numbers(splits: Splits, teacher: PreTrainedModel) -> Splits:
+    """The splits with the teacher's label numbers; what was assumed for that is printed."""
+    numbered = check_labels(splits, teacher.config)
+    for note in numbered.notes[len(splits.notes) :]:
+        say(f"data: {note}")
+    return numbered
+
+
+def _check_run_directory(run_dir: Path, *, overwrite: bool) -> None:
     if not run_dir.exists():
         return
     if not run_dir.is_dir():
         raise InputError(f"output_dir {run_dir} is a file: choose another")
-    if not any(run_dir.iterdir()):
-        return
-    if not (run_dir / CONFIG_FILE).is_file():
+    if any(run_dir.iterdir()) and not (run_dir / IDENTITY_FILE).is_file():
         raise InputError(
             f"output_dir {run_dir} is not empty and was not written by kdfast: choose another"
         )
-    if config.overwrite:
-        return
-    if (run_dir / RESULTS_FILE).is_file():
+    if (run_dir / RESULTS_FILE).is_file() and not overwrite:
         raise InputError(
             f"output_dir {run_dir} already has results: choose another output_dir, or set "
             "overwrite=true to replace them"
         )
-    begun = (run_dir / "students").exists() or (run_dir / "work").exists()
-    if begun and (run_dir / CONFIG_FILE).read_text() != _identity(config):
+
+
+def _claim_run_directory(run_dir: Path, config: DistillConfig, identity: str) -> None:
+    """Go on with an interrupted run, start a new one, or, if asked, replace another."""
+    same = _read(run_dir / IDENTITY_FILE) == identity
+    begun = any((run_dir / name).exists() for name in ("students", "work", TEACHER_FILE))
+    finished = (run_dir / RESULTS_FILE).is_file()
+    if begun and not same and not config.overwrite:
         raise InputError(
-            f"output_dir {run_dir} holds an unfinished run of another configuration: choose "
-            "another output_dir, or set overwrite=true to start afresh"
+            f"output_dir {run_dir} holds an unfinished run of another configuration, teacher or "
+            "data: choose another output_dir, or set overwrite=true to start afresh"
         )
-
-
-def _claim_run_directory(run_dir: Path, config: DistillConfig) -> None:
-    if config.overwrite and run_dir.exists():
-        shutil.rmtree(run_dir)
-    elif (run_dir / CONFIG_FILE).is_file():
+    if finished or not same:
+        # Only what a run writes: whatever else lies there is not ours.
+        for name in RUN_ENTRIES:
+            path = run_dir / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    elif begun:
         say(f"continuing the interrupted run in {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    _write_text(run_dir / CONFIG_FILE, _identity(config))
+    _write_text(run_dir / IDENTITY_FILE, identity)
 
 
-def _identity(config: DistillConfig) -> str:
-    """The configuration less what does not change a result."""
-    plain = copy.copy(config)
-    plain.overwrite = False
-    plain.quick_overrides = {}
-    return dump_config(plain)
+def _identity(config: DistillConfig, splits: Splits, teacher: str) -> str:
+    """The configuration less what changes no result, and what it was found to stand for."""
+    plain = replace(config, overwrite=False, quick_overrides={})
+    made_of = f"# data {splits.fingerprint}, teacher {teacher or 'made by this run'}"
+    return f"{made_of}\n{dump_config(plain)}"
+
+
+def _digest(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 # Writing
@@ -597,8 +701,13 @@ def _save_whole(
     state = trainer.recipe.state_dict()
     if state:
         save_file(state, partial / STATE_FILE, metadata={"recipe": trainer.recipe.name})
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    if target.exists():
+        # Over the model that is there, file by file: whatever else lies there stays.
+        for path in partial.iterdir():
+            os.replace(path, target / path.name)
+        partial.rmdir()
+    else:
+        partial.rename(target)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -625,7 +734,7 @@ def _cached_predictions(path: Path, make: Callable[[], Predictions]) -> Predicti
 # Facts for the report
 
 
-def _tfidf(splits: Splits) -> dict[str, float]:
+def _tfidf(splits: Splits) -> dict[str, float] | None:
     """TF-IDF of words and pairs, with logistic (or ridge) regression on the student's sentences."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
@@ -638,7 +747,11 @@ def _tfidf(splits: Splits) -> dict[str, float]:
 
     head = Ridge() if splits.regression else LogisticRegression(max_iter=1000)
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), head)
-    model.fit(texts(splits.student_train), splits.student_train["label"])
+    try:
+        model.fit(texts(splits.student_train), splits.student_train["label"])
+    except ValueError as error:  # no word of two letters in any text
+        say(f"TF-IDF row left out: {error}")
+        return None
     labels = torch.tensor(splits.test["label"])
     if splits.regression:
         output = torch.tensor(model.predict(texts(splits.test)))[:, None]

@@ -28,12 +28,13 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdfast.captured import Captured
 from kdfast.distill.capture import Capture, model_shape
-from kdfast.distill.data import same_vocabulary
+from kdfast.distill.data import DistillationCollator, same_vocabulary
 from kdfast.distill.models import set_attention_dropout
 from kdfast.errors import InputError
 from kdfast.recipes import Recipe, build_recipe
@@ -105,6 +106,16 @@ class DistillationTrainer(Trainer):
             )
         if teacher is model:
             raise InputError("teacher is the same object as model: it would teach itself")
+        if teacher is not None and not isinstance(teacher, PreTrainedModel):
+            raise InputError(
+                f"teacher must be a transformers PreTrainedModel, was {type(teacher).__name__}; "
+                "load it first, e.g. AutoModelForSequenceClassification.from_pretrained(...)"
+            )
+        if kwargs.get("compute_loss_func") is not None:
+            raise InputError("compute_loss_func would be ignored: the recipe is the loss")
+        _check_labels_agree(model, teacher)
+        # Learned parts of the recipe are drawn from the run's seed, whatever was drawn before.
+        set_seed(args.seed)
         student_shape = model_shape(model)
         if recipe is None:
             if teacher is None and args.recipe != "labels":
@@ -134,6 +145,11 @@ class DistillationTrainer(Trainer):
                 "cosine_rows=cls), or models that share a tokenizer"
             )
 
+        if kwargs.get("data_collator") is None and not self._shared_tokens and processing_class:
+            # The Trainer's default would not know that the teacher's columns are inputs to pad.
+            kwargs["data_collator"] = DistillationCollator(
+                processing_class, teacher_processing_class
+            )
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:
             raise InputError(
@@ -144,14 +160,13 @@ class DistillationTrainer(Trainer):
         # For releases without loss_is_scaled_for_ga: the student's own loss is not the one trained.
         self.model_accepts_loss_kwargs = False
 
-        announcement = [recipe.table()]
+        announcement = []
         if args.attention_dropout is not None:
             layers = set_attention_dropout(model, args.attention_dropout)
             announcement.append(
                 f"  student attention dropout set to {args.attention_dropout:g} in {layers} layers "
                 "(attention_dropout=None keeps the model's own)"
             )
-        self.add_callback(Announcement("\n".join(announcement)))
         self.recipe = recipe.to(self.args.device)
         self.teacher: PreTrainedModel | None = None
         self._student_capture = Capture(model, recipe.needs)
@@ -160,6 +175,13 @@ class DistillationTrainer(Trainer):
             assert teacher is not None
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
             self._teacher_capture = Capture(teacher, recipe.needs)
+        captures = {"student": self._student_capture, "teacher": self._teacher_capture}
+        announcement += [
+            f"  {role} attention runs as SDPA, not {capture.replaced}, while distilling"
+            for role, capture in captures.items()
+            if capture is not None and capture.replaced not in (None, "sdpa")
+        ]
+        self.add_callback(Announcement("\n".join([recipe.table(), *announcement])))
         self._sums: dict[str, torch.Tensor] = {}
         self._summed = 0
         self._stepped = True
@@ -173,7 +195,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        student_inputs, teacher_inputs = self._split(inputs)
+        student_inputs, teacher_inputs = self._split(inputs, model.training)
         if not model.training:
             # Evaluation reports the student's own loss on the labels, and keeps its logits only.
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch)
@@ -182,17 +204,32 @@ class DistillationTrainer(Trainer):
         outputs, student = self._student_capture(student_inputs, forward=model)
         losses = self.recipe(student, teacher, labels)
         loss = self.recipe.total(losses)
+        if self.args.world_size > 1 and student.logits is not None:
+            # A recipe without a loss on logits leaves the head without gradient, which DDP refuses.
+            loss = loss + 0 * student.logits.sum()
         self._accumulate(losses)
         return (loss, outputs) if return_outputs else loss
 
-    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _split(
+        self, inputs: Mapping[str, Any], training: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         student = {k: v for k, v in inputs.items() if not k.startswith(TEACHER_PREFIX)}
         teacher = {
             k.removeprefix(TEACHER_PREFIX): v
             for k, v in inputs.items()
             if k.startswith(TEACHER_PREFIX)
         }
-        return student, teacher or {k: v for k, v in student.items() if k != "labels"}
+        if teacher:
+            return student, teacher
+        if not self._shared_tokens and self.recipe.needs_teacher and training:
+            raise InputError(
+                "student and teacher have different vocabularies, so each must read the text "
+                "itself: the data set needs the columns teacher_input_ids and "
+                "teacher_attention_mask (kdfast.distill.data.tokenize with teacher_tokenizer). If "
+                "the vocabularies are one and only padded differently, give both tokenizers as "
+                "processing_class and teacher_processing_class"
+            )
+        return student, {k: v for k, v in student.items() if k != "labels"}
 
     @torch.no_grad()
     def _run_teacher(self, inputs: dict[str, Any]) -> Captured | None:
@@ -220,25 +257,13 @@ class DistillationTrainer(Trainer):
                 columns
             )
 
-    def get_train_dataloader(self) -> Any:
-        if not self._shared_tokens and self.recipe.needs_teacher:
-            columns = getattr(self.train_dataset, "column_names", None)
-            if columns is not None and TEACHER_PREFIX + "input_ids" not in columns:
-                raise InputError(
-                    "student and teacher have different vocabularies, so each must read the text "
-                    "itself: train_dataset needs the columns teacher_input_ids and "
-                    "teacher_attention_mask (kdfast.distill.data.tokenize with teacher_tokenizer), "
-                    f"it has {', '.join(columns)}"
-                )
-        return super().get_train_dataloader()
-
     # The recipe's own parameters: optimised, clipped, reduced across ranks, saved and restored
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        created = self.optimizer is None
         optimizer = super().create_optimizer(*([] if model is None else [model]))
         parameters = list(self.recipe.parameters())
-        if created and parameters:
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if parameters and id(parameters[0]) not in known:
             optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
         if self.args.world_size > 1:
             # Random projections must start equal on every rank, as the student does.
@@ -293,6 +318,12 @@ class DistillationTrainer(Trainer):
                 raise InputError(
                     f"{path} does not fit recipe '{self.recipe.name}': {error}"
                 ) from None
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if best is not None and os.path.isfile(os.path.join(best, STATE_FILE)):
+            self.recipe.load_state_dict(load_file(os.path.join(best, STATE_FILE)))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -350,22 +381,48 @@ def last_whole_checkpoint(directory: str | Path) -> str | None:
     The Trainer writes trainer_state.json last, so a checkpoint without a readable one was cut off
     (SIGKILL, full disk). It rotates older ones out only after that.
     """
-    found = []
-    for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            step = json.loads((path / "trainer_state.json").read_text())["global_step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        found.append((step, str(path)))
+    found = [(step, str(path)) for path, step in _checkpoints(directory) if step is not None]
     return max(found)[1] if found else None
 
 
 def remove_partial_checkpoints(directory: str | Path) -> None:
     """Delete checkpoints that were cut off, which rotation would count as whole ones."""
-    whole = last_whole_checkpoint(directory)
-    for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if whole is None or not (path / "trainer_state.json").is_file():
+    for path, step in _checkpoints(directory):
+        if step is None:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpoints(directory: str | Path) -> list[tuple[Path, int | None]]:
+    """Checkpoint folders with their steps, None where writing was cut off."""
+    found: list[tuple[Path, int | None]] = []
+    for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            step = int(json.loads((path / "trainer_state.json").read_text())["global_step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            step = None
+        found.append((path, step))
+    return found
+
+
+def _check_labels_agree(student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    """What would train on the wrong classes without a sign of it."""
+    for role, model in (("model", student), ("teacher", teacher)):
+        if model is not None and model.config.problem_type == "multi_label_classification":
+            raise InputError(
+                f"{role} is a multi-label classifier, which the recipes do not cover: soft labels "
+                "would compare a softmax of independent labels"
+            )
+    if teacher is None:
+        return
+    ours, theirs = (
+        [str(name).casefold() for _, name in sorted((model.config.id2label or {}).items())]
+        for model in (student, teacher)
+    )
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        raise InputError(
+            f"the student numbers its labels {', '.join(ours)} and the teacher "
+            f"{', '.join(theirs)}: give the student the teacher's id2label"
+        )
 
 
 def _options(args: DistillationArguments) -> dict[str, Any]:

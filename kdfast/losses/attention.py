@@ -43,7 +43,7 @@ class AttentionKLLoss(nn.Module):
         self.direction = choose("direction", direction, ("forward", "reverse", "js"))
         self.temperature = temperature
         self.relation_heads = relation_heads
-        self.match_heads = match_heads
+        self.match_heads = match_heads and choose("match_heads", match_heads, ("mean",))
         self.layers = choose("layers", layers, LAYER_REDUCTIONS)
         self.backend = backend
 

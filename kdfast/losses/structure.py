@@ -29,8 +29,8 @@ class CKALoss(nn.Module):
         layers: "mean" (FSD's layer-wise mode) or "sum" over layer pairs.
         backend: see kdfast.cka.
 
-    A problem without enough valid rows (fewer than 2, or 4 unbiased) adds nothing; a last batch
-    with too few samples gives 0.
+    A problem without enough valid rows (fewer than 2, or 4 unbiased), or with equal ones, adds
+    nothing; a last batch with too few samples gives 0.
 
     Source: Jung et al. 2023, Eq. 6 (mean of the logarithms) and Eq. 7.
     """
@@ -93,12 +93,9 @@ class CKALoss(nn.Module):
             estimator=self.estimator,
             backend=self.backend,
         )
-        if self.rows == "samples":
-            return self._loss(alignment)
-        if mask is None:
-            return self._loss(alignment).mean()
-        defined = mask.bool().sum(-1) >= minimum
-        # Undefined problems leave before the logarithm: 0 · ∞ in backward is NaN.
+        # Exactly 0 says that CKA is undefined there: too few valid rows, or all of them equal. Such
+        # problems leave before the logarithm, since 0 · ∞ in backward would be NaN.
+        defined = alignment.detach() != 0
         losses = self._loss(torch.where(defined, alignment, torch.ones_like(alignment)))
         return losses.masked_fill(~defined, 0).sum() / defined.sum().clamp(min=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,22 +28,25 @@ __all__ = ["RECIPES", "Recipe", "Term", "build_recipe", "check_recipe"]
 
 def check_recipe(name: str, options: dict[str, Any]) -> None:
     """Raise InputError for an unknown recipe or option, naming the nearest one."""
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise InputError(
             f"recipe '{name}' is unknown{nearest(name, RECIPES)}: it must be one of "
             f"{', '.join(RECIPES)}"
         )
-    known = [
-        key
+    known = {
+        key: parameter
         for key, parameter in inspect.signature(RECIPES[name]).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    for key in options:
+    }
+    for key, value in options.items():
         if key not in known:
             raise InputError(
                 f"recipe '{name}' has no option '{key}'{nearest(key, known)}: it has "
                 f"{', '.join(known) or 'none'}"
             )
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(known[key].default, float) and not (is_number and math.isfinite(value)):
+            raise InputError(f"{key} of recipe '{name}' must be a finite number, was {value!r}")
 
 
 def build_recipe(name: str, student: ModelShape, teacher: ModelShape, **options: Any) -> Recipe:

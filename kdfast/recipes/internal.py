@@ -50,6 +50,17 @@ def internal(
             "relation_heads to a number that divides both widths "
             f"({student.width} and {teacher.width}), or match_heads to 'mean'"
         )
+    if relation_heads is not None:
+        for role, shape in (("student", student), ("teacher", teacher)):
+            if (
+                type(relation_heads) is not int
+                or relation_heads < 1
+                or shape.width % relation_heads
+            ):
+                raise InputError(
+                    f"relation_heads must divide the {role}'s width {shape.width}, was "
+                    f"{relation_heads!r}"
+                )
     terms = output_terms(
         student,
         teacher,

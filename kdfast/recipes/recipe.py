@@ -110,8 +110,8 @@ class LabelTerm(Term):
             raise ValueError("this recipe trains on labels and the batch has none ('labels')")
         logits = logits_of(student, "student").float()
         if self.regression:
-            return F.mse_loss(logits.squeeze(-1), labels.float())
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+            return F.mse_loss(logits, labels.float().view_as(logits))
+        return F.cross_entropy(logits, labels)
 
 
 class SoftLabelTerm(Term):
@@ -197,6 +197,11 @@ class AttentionTerm(Term):
 def logits_of(captured: Captured, role: str) -> torch.Tensor:
     if captured.logits is None:
         raise InputError(f"the {role} has no classification head, and this recipe needs its logits")
+    if captured.logits.dim() != 2:
+        raise InputError(
+            f"the {role}'s logits must be [batch, classes], one row a sequence, were "
+            f"{list(captured.logits.shape)}"
+        )
     return captured.logits
 
 

@@ -57,7 +57,7 @@ class PseudoLabelTerm(Term):
         if labels is None:
             raise ValueError("pseudo classifiers train on labels and the batch has none ('labels')")
         losses = [
-            F.mse_loss(logits.squeeze(-1), labels.float())
+            F.mse_loss(logits, labels.float().view_as(logits))
             if self.regression
             else F.cross_entropy(logits, labels)
             for logits in self.classifiers(teacher)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdfast.cli import main
+from kdfast.distill.data import DataConfig, load_data
 
 
 @pytest.fixture
@@ -100,10 +102,15 @@ def test_the_saved_student_reproduces_the_printed_accuracy_in_plain_transformers
         "data.max_length=32",
     )
     assert status == 0 and f"accuracy {record['accuracy']:.4g}" in out
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    assert AutoTokenizer.from_pretrained(folder)("good film")["input_ids"]
-    saved = load_file(folder.with_name("seed-1.safetensors"))
-    assert saved["logits"].shape == (40, model.config.num_labels)
+    # And by nothing but transformers: the test sentences with their labels.
+    data = yaml.safe_load(config.read_text())["data"]
+    test = load_data(DataConfig(**data)).test
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(**tokenizer(list(test["text"]), padding=True, return_tensors="pt")).logits
+    accuracy = (logits.argmax(-1) == torch.tensor(test["label"])).float().mean()
+    assert float(accuracy) == pytest.approx(record["accuracy"])
 
 
 def test_universal_saves_its_state_beside_the_student_and_plots_its_weights(settings, run):
@@ -178,9 +185,60 @@ def test_a_folder_of_something_else_is_never_touched(settings, run):
     config, run_dir = settings
     run_dir.mkdir()
     (run_dir / "thesis.txt").write_text("years of work")
-    message = refused(run("distill", config, "overwrite=true"))
-    assert "was not written by kdfast" in message
+    (run_dir / "config.yaml").write_text("of: another program")
+    for change in ("overwrite=true", "overwrite=false"):
+        message = refused(run("distill", config, change))
+        assert "was not written by kdfast" in message
     assert (run_dir / "thesis.txt").read_text() == "years of work"
+    assert (run_dir / "config.yaml").read_text() == "of: another program"
+
+
+def test_overwriting_a_run_leaves_other_files_beside_it(settings, run):
+    config, run_dir = settings
+    run("distill", config, "baselines=[]", "seeds=[1]")
+    (run_dir / "notes.txt").write_text("mine")
+    assert run("distill", config, "baselines=[]", "seeds=[2]", "overwrite=true")[0] == 0
+    assert (run_dir / "notes.txt").read_text() == "mine"
+    assert not (run_dir / "students" / "internal" / "seed-1").exists()
+
+
+def test_predictions_of_another_teacher_are_never_used(settings, run, tiny_bert, tmp_path):
+    config, run_dir = settings
+    run("distill", config, "baselines=[]", "seeds=[1]")
+    for name in ("results.json", "students", "work"):
+        path = run_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    message = refused(run("distill", config, "baselines=[]", "seeds=[1]", f"teacher={tiny_bert}"))
+    assert "another configuration, teacher or data" in message
+
+
+def test_data_that_changed_since_an_interruption_is_noticed(settings, run, csv_file):
+    config, run_dir = settings
+    run("distill", config, "baselines=[]", "seeds=[1]")
+    (run_dir / "results.json").unlink()
+    csv_file.write_text(csv_file.read_text().replace("great", "grand"))
+    assert "data" in refused(run("distill", config, "baselines=[]", "seeds=[1]"))
+
+
+def test_a_run_cut_off_after_its_last_step_is_scored_without_training_on(settings, run):
+    config, run_dir = settings
+    changes = ("baselines=[]", "seeds=[1]", "training.arguments.lr_scheduler_type=constant")
+    run("distill", config, *changes)
+    whole = load_file(run_dir / "students" / "internal" / "seed-1" / "model.safetensors")
+    # As if it had been killed while predicting: the last checkpoint is there, the student is not.
+    shutil.copytree(run_dir, f"{run_dir}-2")
+    again = run_dir.with_name("run-2")
+    process = start(config, *changes, f"output_dir={run_dir}-3", "training.save_every=4")
+    checkpoint = run_dir.with_name("run-3") / "work" / "internal" / "seed-1" / "checkpoint-4"
+    wait_for((checkpoint / "trainer_state.json").is_file, process)
+    process.kill()
+    process.wait()
+    status, _, _ = run(
+        "distill", config, *changes, f"output_dir={run_dir}-3", "training.save_every=4"
+    )
+    assert status == 0 and again.exists()
+    resumed = load_file(run_dir.with_name("run-3") / "students/internal/seed-1/model.safetensors")
+    assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
 
 
 @pytest.mark.parametrize(
@@ -195,6 +253,18 @@ def test_a_folder_of_something_else_is_never_touched(settings, run):
         ("recipe=nothing", "recipe 'nothing' is unknown"),
         ("training.arguments.lr_scheduler_type=nothing", "nothing"),
         ("data.max_length=5000", "max_length"),
+        ("seeds=[-1]", "seeds"),
+        ("recipe.relation_heads=5", "relation_heads must divide"),
+        ("recipe.match_heads=foo", "match_heads must be one of mean"),
+        ("recipe.cosine_weight=.nan", "cosine_weight of recipe 'internal' must be a finite number"),
+        ("recipe={name: [1]}", "recipe needs a name"),
+        ("training.arguments.eval_strategy=epoch", "eval_strategy"),
+        ("training.arguments.max_grad_norm=abc", "abc"),
+        ("training.arguments.label_smoothing_factor=0.1", "label_smoothing_factor"),
+        ("teacher_training.arguments.optim=nothing", "nothing"),
+        ("data=3", "data: input should be a dictionary, was 3"),
+        ("student.layers=two", "student.layers"),
+        ("quick=1", "quick must be true or false"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2_before_any_training(settings, run, change, message):
@@ -228,6 +298,54 @@ def test_different_vocabularies_with_a_token_loss_are_refused_and_otherwise_both
     assert "different vocabularies" in message and "attention_kl" in message
     changes = (f"student.base={other}", "recipe.attention_weight=0", "seeds=[1]")
     assert run("distill", config, *changes)[0] == 0
+
+
+@pytest.mark.parametrize("key", ["output_dir", "teacher_dir"])
+def test_a_place_that_cannot_be_written_is_named(settings, run, key, csv_file):
+    config, _ = settings
+    assert str(csv_file) in refused(run("distill", config, f"{key}={csv_file}/below"))
+
+
+def test_labels_matched_by_number_are_stated(settings, run, tmp_path, make_tiny_bert):
+    config, _ = settings
+    teacher = make_tiny_bert(tmp_path / "other", labels=("LABEL_0", "LABEL_1"))
+    _, out, _ = run("distill", config, f"teacher={teacher}", "baselines=[]", "seeds=[1]")
+    assert "matched to the teacher's by number" in out
+
+
+def test_evaluate_compares_classes_by_name_whatever_their_order(
+    settings, run, tiny_bert, csv_file, tmp_path
+):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight.flip(0))
+        model.classifier.bias.copy_(model.classifier.bias.flip(0))
+    model.config.id2label = {0: "pos", 1: "neg"}
+    model.config.label2id = {"pos": 0, "neg": 1}
+    model.save_pretrained(tmp_path / "flipped")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "flipped")
+    status, out, _ = run(
+        *("evaluate", tiny_bert, f"teacher={tmp_path / 'flipped'}", f"data.path={csv_file}"),
+        *("data.teacher_train=0", "data.student_train=0", "data.dev=0", "data.test=100"),
+        "data.max_length=32",
+    )
+    assert status == 0 and "agreement 1," in out
+
+
+def test_an_interrupted_finetuning_of_other_settings_is_not_resumed(
+    settings, run, tiny_bert, csv_file, tmp_path
+):
+    data = ("data.teacher_train=60", "data.dev=0", "data.test=0", "data.max_length=32")
+    common = ("finetune", "finetune", f"data.path={csv_file}", f"model={tiny_bert}", *data)
+    target = f"output_dir={tmp_path / 'teacher'}"
+    work = tmp_path / "teacher.work"
+    assert run(*common, target, "training.epochs=1", "training.save_every=1")[0] == 0
+    assert not work.exists()
+    work.mkdir()
+    (work / "kdfast_run.yaml").write_text("of another fine-tuning")
+    (work / "checkpoint-1").mkdir()
+    status, out, _ = run(*common, target, "training.epochs=1", "overwrite=true")
+    assert status == 0 and "resuming" not in out
 
 
 def test_debug_shows_the_traceback(settings):
@@ -310,7 +428,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_leaves_with_status_2(settings)
 def test_an_unfinished_run_of_another_configuration_is_not_continued(settings, run):
     config, run_dir = settings
     process = start(config, *LONG)
-    wait_for((run_dir / "config.yaml").is_file, process)
+    wait_for((run_dir / "teacher_predictions.safetensors").is_file, process)
     process.kill()
     process.wait()
     message = refused(run("distill", config, *LONG, "training.learning_rate=0.5"))

@@ -324,6 +324,7 @@ def test_different_vocabularies_without_teacher_columns_are_refused(
         teacher=other_teacher[0],
         args=arguments(tmp_path, recipe="soft_labels"),
         train_dataset=train,
+        data_collator=DistillationCollator(tokenizer),
     )
     with pytest.raises(InputError, match="teacher_input_ids"):
         trainer.train()
@@ -362,6 +363,66 @@ def test_bad_arguments_are_refused_before_training(
 ):
     with pytest.raises(InputError, match=message):
         trainer_for(tmp_path, teacher, tokenizer, train, **changes)
+
+
+@pytest.mark.parametrize("drawn", [0, 3])
+def test_learned_parts_start_from_the_seed_whatever_was_drawn_before(
+    drawn, tmp_path, teacher, tokenizer, train
+):
+    torch.rand(drawn)
+    recipe = trainer_for(tmp_path, teacher, tokenizer, train, recipe="universal").recipe
+    torch.manual_seed(42)  # the Trainer's default seed
+    expected = torch.nn.Linear(32, 2).weight
+    assert torch.equal(next(recipe.parameters()), expected)
+
+
+def test_the_users_own_optimizer_trains_the_recipes_parts_too(tmp_path, teacher, tokenizer, train):
+    student = student_of(teacher)
+    trainer = DistillationTrainer(
+        model=student,
+        teacher=teacher,
+        args=arguments(tmp_path, recipe="universal"),
+        train_dataset=train,
+        data_collator=DistillationCollator(tokenizer),
+        optimizers=(torch.optim.SGD(student.parameters(), lr=0.1), None),
+    )
+    before = weights(trainer.recipe)
+    trainer.train()
+    assert all(not torch.equal(v, before[k]) for k, v in trainer.recipe.state_dict().items())
+
+
+def test_two_trainers_may_share_a_teacher(tmp_path, teacher, tokenizer, train):
+    first = trainer_for(tmp_path / "a", teacher, tokenizer, train)
+    second = trainer_for(tmp_path / "b", teacher, tokenizer, train)
+    first.close()
+    second.train()
+    second.close()
+    assert teacher.config._attn_implementation == "sdpa"
+
+
+def test_the_recipe_is_announced_once_training_begins(tmp_path, teacher, tokenizer, train, capsys):
+    trainer_for(tmp_path, teacher, tokenizer, train).train()
+    out = capsys.readouterr().out
+    assert "attention maps by KL, student ← teacher layers 1 ← 2, 2 ← 4" in out
+    assert "attention dropout set to 0 in 2 layers" in out
+
+
+def test_labels_in_another_order_are_refused(tmp_path, teacher, tokenizer, train):
+    student = student_of(teacher)
+    student.config.id2label = {0: "pos", 1: "neg"}
+    with pytest.raises(InputError, match="id2label"):
+        trainer_for(tmp_path, teacher, tokenizer, train, student)
+
+
+def test_multi_label_classifiers_are_refused(tmp_path, teacher, tokenizer, train):
+    teacher.config.problem_type = "multi_label_classification"
+    with pytest.raises(InputError, match="multi-label"):
+        trainer_for(tmp_path, teacher, tokenizer, train)
+
+
+def test_a_teacher_given_by_name_is_refused_with_what_to_do(tmp_path, teacher, tokenizer, train):
+    with pytest.raises(InputError, match="from_pretrained"):
+        trainer_for(tmp_path, "some/teacher", tokenizer, train, student_of(teacher))
 
 
 def test_a_missing_teacher_is_refused(tmp_path, teacher, tokenizer, train):
