@@ -235,7 +235,9 @@ def _difference(entry: dict[str, Any] | None, column: str) -> str:
 def _plot_scores(folder: Path, results: dict[str, Any]) -> Path:
     ways = ways_of(results)
     columns = [c for c in COLUMNS if c in results["students"][0]]
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.1 * len(columns), 3.2))
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(3.1 * len(columns), 3.2), layout="constrained"
+    )
     for axis, column in zip(axes, columns, strict=True):
         scale = 100 if COLUMNS[column][1] else 1
         for k, records in enumerate(ways.values()):
@@ -249,7 +251,7 @@ def _plot_scores(folder: Path, results: dict[str, Any]) -> Path:
                 (1, scale * results["teacher"][column]),
                 xycoords=("axes fraction", "data"),
                 ha="right",
-                va="bottom",
+                va="top",
                 color="0.5",
                 fontsize=8,
             )
@@ -265,7 +267,9 @@ def _plot_losses(folder: Path, results: dict[str, Any]) -> Path | None:
     ways = {w: r for w, r in ways_of(results).items() if r[0]["log"]}
     if not ways:
         return None
-    figure, axes = plt.subplots(1, len(ways), figsize=(4.2 * len(ways), 3.4), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(ways), figsize=(4.2 * len(ways), 3.4), squeeze=False, layout="constrained"
+    )
     for axis, (way, records) in zip(axes[0], ways.items(), strict=True):
         terms = [k for k in records[0]["log"][0] if k.startswith("loss_")]
         for k, term in enumerate(terms):
@@ -281,8 +285,11 @@ def _plot_losses(folder: Path, results: dict[str, Any]) -> Path | None:
                     if record is records[0]
                     else None,
                 )
-        positive = all(e[t] > 0 for r in records for e in r["log"] for t in terms if t in e)
-        axis.set_yscale("log" if positive else "linear")
+        values = [e[t] for r in records for e in r["log"] for t in terms if t in e]
+        if min(values) > 0 and max(values) > 8 * min(values):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
         axis.set_title(way.replace("_", " "), fontsize=10)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
@@ -297,7 +304,9 @@ def _plot_alignment(folder: Path, results: dict[str, Any]) -> Path:
         (way.replace("_", " "), torch.tensor([r["cka_after"] for r in records]).mean(0).tolist())
         for way, records in ways.items()
     ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.0 * len(panels) + 0.6, 3.0))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.0 * len(panels) + 0.6, 3.0), layout="constrained"
+    )
     image = None
     for axis, (title, matrix) in zip(axes, panels, strict=True):
         image = axis.imshow(matrix, vmin=0, vmax=1, origin="lower", aspect="auto", cmap="viridis")
@@ -313,7 +322,7 @@ def _plot_alignment(folder: Path, results: dict[str, Any]) -> Path:
         axis.set_xlabel("teacher layer (0: embeddings)", fontsize=8)
     axes[0].set_ylabel("student layer", fontsize=8)
     assert image is not None
-    figure.colorbar(image, ax=list(axes), label="unbiased CKA", shrink=0.9)
+    figure.colorbar(image, ax=list(axes), label="unbiased CKA")
     return _finish(figure, folder / "cka.png")
 
 
@@ -321,7 +330,9 @@ def _plot_projection(folder: Path, results: dict[str, Any]) -> Path | None:
     ways = {w: r for w, r in ways_of(results).items() if r[0]["projection_weights"]}
     if not ways:
         return None
-    figure, axes = plt.subplots(1, len(ways), figsize=(4.2 * len(ways), 2.6), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(ways), figsize=(4.2 * len(ways), 2.6), squeeze=False, layout="constrained"
+    )
     for axis, (way, records) in zip(axes[0], ways.items(), strict=True):
         matrix = torch.tensor([r["projection_weights"] for r in records]).mean(0)
         image = axis.imshow(matrix, vmin=0, origin="lower", aspect="auto", cmap="viridis")
@@ -335,7 +346,7 @@ def _plot_projection(folder: Path, results: dict[str, Any]) -> Path | None:
 
 
 def _finish(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
 

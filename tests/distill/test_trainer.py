@@ -126,7 +126,7 @@ def first_gradient(trainer):
         )
         raise Stop
 
-    trainer._clip_grad_norm = stop
+    trainer.accelerator.clip_grad_norm_ = stop
     with pytest.raises(Stop):
         trainer.train()
     return seen
