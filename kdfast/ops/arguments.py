@@ -101,7 +101,11 @@ def floating(operator: str, named: Iterable[tuple[str, Any]]) -> list[Tensor]:
 def boolean_mask(
     operator: str, name: str, mask: Any, shape: Sequence[int], meaning: str, device: torch.device
 ) -> Tensor | None:
-    """The mask as bool, when it has the given shape and is bool or holds zeros and ones."""
+    """The mask as bool, when it has the given shape and is bool or holds zeros and ones.
+
+    Where values are not looked at, what is above zero takes part: a mask made to be added to scores
+    (0 for a token, -inf or -1e4 for padding) then selects nothing, rather than the padding.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -118,13 +122,12 @@ def boolean_mask(
         return mask
     if mask.is_complex():
         raise TypeError(f"{operator}: {name} is {_short(mask.dtype)}, should be bool or 0 and 1")
-    # A mask to add to scores (0 for a token, -inf or -1e4 for padding) means the opposite of 0/1.
     if device.type == "cpu" and not torch.compiler.is_compiling() and not _zeros_and_ones(mask):
         raise ValueError(
             f"{operator}: {name} holds values other than 0 and 1; it should be bool or 1 = takes "
             "part, 0 = masked (not a mask that is added to scores)"
         )
-    return mask != 0
+    return mask > 0
 
 
 def no_teacher_grad(operator: str, named: Iterable[tuple[str, Tensor]], teacher_grad: bool) -> None:

@@ -73,7 +73,8 @@ def attention_kl(
             None: H_s and H_t agree.
         teacher_grad: give the teacher gradients too. By default a teacher that requires grad is
             refused.
-        backend: "auto" | "reference" | "cpp" | "triton" | "cuda".
+        backend: "auto" | "reference" | "cpp" | "triton" | "cuda". The reference keeps whole maps:
+            its memory grows with H Nq Nk, with `cu_seqlens` with H total².
 
     Returns:
         A scalar for "mean" and "sum" (0 when no row takes part), rows for "none". For sequences a

@@ -39,6 +39,8 @@ def attention_map_kl(
             (before the softmax; -inf is a masked key).
         attention_mask: [B, Nk], bool or 0/1, 1 = token. Padded keys are left out (of the softmax
             for "scores", of the sum for "probabilities"); with Nq = Nk padded queries leave too.
+            Probabilities are not normalised again: of maps made without this mask the sum over the
+            valid keys is no divergence, and may be negative.
         direction: "forward" KL(t‖s) | "reverse" KL(s‖t) | "js". In nats.
         reduction: "mean" over the rows that take part | "sum" | "none", per row [..., Nq]. A row
             takes part when its query is valid and either map has mass on a valid key.

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from kdfast.ops import arguments, dispatch
+from kdfast.reference.cka import MINIMUM_ROWS
 
 KERNELS = ("linear", "rbf")
-MINIMUM_ROWS = {"biased": 2, "unbiased": 4}
 
 
 def hsic(
@@ -39,7 +39,8 @@ def hsic(
             squared distance of two different valid rows, per problem and side, constant in
             backward.
         estimator: "biased" (n >= 2) or "unbiased" (n >= 4).
-        backend: "auto" | "reference" | "cpp" | "triton" | "cuda".
+        backend: "auto" | "reference" | "cpp" | "triton" | "cuda". The reference of "rbf" keeps
+            n x n matrices.
 
     Returns:
         [...], float32, float64 for float64 inputs.
@@ -65,14 +66,14 @@ def cka(
     kernel: str = "linear",
     bandwidth: float | tuple[float, float] | None = None,
     estimator: str = "biased",
+    teacher_grad: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Centered kernel alignment of student and teacher features of the same rows.
 
     HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)): 1 for features that agree up to rotation and scale.
     Where a side's own HSIC is 0 up to rounding (equal rows; too few valid rows under a mask), CKA
-    is not defined and the result is 0 with zero gradient. Both sides get gradients. NaN in a valid
-    row gives NaN.
+    is not defined and the result is 0 with zero gradient. NaN in a valid row gives NaN.
 
     The biased value of independent data tends to 1 as n falls below d (at n = 32, d = 768 it is
     near 1 whatever the features, and almost flat as a loss); the unbiased one is then near 0, may
@@ -88,7 +89,9 @@ def cka(
             squared distance of two different valid rows, per problem and side, constant in
             backward.
         estimator: "biased" (n >= 2) or "unbiased" (n >= 4).
-        backend: "auto" | "reference" | "cpp" | "triton" | "cuda".
+        teacher_grad: give x_t a gradient too. By default an x_t that requires grad is refused.
+        backend: "auto" | "reference" | "cpp" | "triton" | "cuda". The reference of "rbf" keeps
+            n x n matrices.
 
     Returns:
         [...], float32, float64 for float64 inputs.
@@ -103,6 +106,8 @@ def cka(
         things?", ICLR 2021.
     """
     x_s, x_t, options = _check("cka", "x_s", x_s, "x_t", x_t, mask, kernel, bandwidth, estimator)
+    arguments.no_teacher_grad("cka", [("x_t", x_t)], teacher_grad)
+    options["teacher_grad"] = bool(teacher_grad)
     value: Tensor = dispatch.run("cka", backend, x_s.device, x_s=x_s, x_t=x_t, **options)
     return value
 
@@ -115,6 +120,7 @@ def cka_matrix(
     kernel: str = "linear",
     bandwidth: float | tuple[float, float] | None = None,
     estimator: str = "biased",
+    teacher_grad: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """`cka` of every student layer with every teacher layer, each layer's own terms computed once.
@@ -123,7 +129,8 @@ def cka_matrix(
         layers_s: L_s tensors [..., n, d_i], never stacked; widths may differ between layers.
         layers_t: L_t tensors [..., n, d_j] of the same rows.
         mask: [..., n], bool or 0/1, shared by all layers.
-        kernel, bandwidth, estimator, backend: as in `cka`; bandwidth (σ_s, σ_t) is one per side.
+        kernel, bandwidth, estimator, teacher_grad, backend: as in `cka`; bandwidth (σ_s, σ_t) is
+            one per side. The reference of "rbf" keeps n x n matrices of all layers.
 
     Returns:
         [..., L_s, L_t], float32, float64 for float64 inputs; undefined pairs are 0 as in `cka`.
@@ -143,6 +150,9 @@ def cka_matrix(
     names += [f"layers_t[{j}]" for j in range(len(layers_t))]
     layers = arguments.floating(op, zip(names, [*layers_s, *layers_t], strict=True))
     options = _check_options(op, names, layers, mask, kernel, bandwidth, estimator)
+    teacher = list(zip(names, layers, strict=True))[len(layers_s) :]
+    arguments.no_teacher_grad(op, teacher, teacher_grad)
+    options["teacher_grad"] = bool(teacher_grad)
     matrix: Tensor = dispatch.run(
         op,
         backend,

@@ -11,13 +11,14 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdfast import reference
+from kdfast.reference.product import without_autocast
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
@@ -35,15 +36,26 @@ def _any_arguments(**arguments: Any) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Kernel:
     """How one backend serves one operator."""
 
     # Imports at first use and returns the implementation, which takes the operator's arguments by
-    # name, less `backend`. Raises ImportError, whose text names what to install.
+    # name, less `backend`. Raises ImportError, whose text names what to install, or OSError (a
+    # library that does not load).
     load: Callable[[], Callable[..., Any]]
     # Takes the same arguments and returns the reason it cannot serve them, or None.
     refuses: Callable[..., str | None] = _any_arguments
+    _outcome: tuple[Callable[..., Any] | None, str | None] | None = field(default=None, init=False)
+
+    def loaded(self) -> tuple[Callable[..., Any] | None, str | None]:
+        """The implementation, or the reason there is none; tried once."""
+        if self._outcome is None:
+            try:
+                self._outcome = self.load(), None
+            except (ImportError, OSError) as error:
+                self._outcome = None, str(error) or type(error).__name__
+        return self._outcome
 
 
 class Availability(NamedTuple):
@@ -56,10 +68,11 @@ def run(operator: str, backend: str, device: torch.device, /, **arguments: Any) 
     """Serve a call whose arguments are already checked."""
     if backend not in ("auto", *BACKENDS):
         allowed = ("auto", *BACKENDS)
-        nearest = difflib.get_close_matches(str(backend), allowed, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(str(backend), allowed, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise ValueError(
-            f"{operator}: backend={backend!r} is unknown; did you mean {nearest!r}? "
-            f"Allowed: {', '.join(map(repr, allowed))}"
+            f"{operator}: backend={backend!r} is unknown; {hint}"
+            f"allowed: {', '.join(map(repr, allowed))}"
         )
     candidates = AUTO.get(device.type, AUTO_ELSEWHERE) if backend == "auto" else (backend,)
     for candidate in candidates:
@@ -68,7 +81,9 @@ def run(operator: str, backend: str, device: torch.device, /, **arguments: Any) 
             compiling = torch.compiler.is_compiling()
             if backend == "auto" and not compiling and os.environ.get("KDFAST_LOG") == "1":
                 _log(f"{operator}: auto picked {candidate} for {_describe(arguments)}")
-            return KERNELS[operator, candidate].load()(**arguments)
+            function, _ = KERNELS[operator, candidate].loaded()
+            assert function is not None
+            return function(**arguments)
     reasons = "\n".join(
         f"  {name}: {_reason_against(operator, name, arguments) or 'can serve this call'}"
         for name in BACKENDS
@@ -95,11 +110,7 @@ def _reason_not_loaded(operator: str, backend: str) -> str | None:
     kernel = KERNELS.get((operator, backend))
     if kernel is None:
         return f"no kernel for {operator} in this version"
-    try:
-        kernel.load()
-    except ImportError as error:
-        return str(error)
-    return None
+    return kernel.loaded()[1]
 
 
 def _reason_against(operator: str, backend: str, arguments: dict[str, Any]) -> str | None:
@@ -142,10 +153,8 @@ def _reference(operator: str) -> Kernel:
         first = next(iter(arguments.values()))
         device = first.device if isinstance(first, Tensor) else first[0].device
         # Autocast would take the products of the float32 statistics back to half precision.
-        if torch.amp.is_autocast_available(device.type):
-            with torch.autocast(device.type, enabled=False):
-                return dense(**arguments)
-        return dense(**arguments)
+        with without_autocast(device):
+            return dense(**arguments)
 
     return Kernel(load=lambda: served)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdfast.reference.attention_map_kl import reduce_rows, row_divergence
+from kdfast.reference.product import product
 
 
 def attention_kl(
@@ -37,7 +38,47 @@ def attention_kl(
     match_heads: str | None = None,
     teacher_grad: bool = False,
 ) -> Tensor | list[Tensor]:
-    """Reference of `kdfast.ops.attention_kl`: one dense map per side and layer pair."""
+    """Reference of `kdfast.ops.attention_kl`: one dense map per side and layer pair.
+
+    Memory grows with Nq x Nk, for packed sequences with the square of their total.
+    """
+    arguments: tuple[Any, ...] = (query_s, key_s, query_t, key_t, scale_s, scale_t)
+    pairs = 1 if isinstance(query_s, Tensor) else len(query_s)
+    columns = [x if isinstance(x, Sequence) else [x] * pairs for x in arguments]
+    packed = cu_seqlens is not None
+    length = 0 if packed else 2
+    visible, takes_part = _visibility(
+        columns[0][0].shape[length],
+        columns[1][0].shape[length],
+        attention_mask=attention_mask,
+        query_mask=query_mask[None] if packed and query_mask is not None else query_mask,
+        causal=causal,
+        window=window,
+        cu_seqlens=cu_seqlens,
+        device=columns[0][0].device,
+    )
+    # Where all rows see the same keys, a hidden score belongs to a key or a row that is zeroed, and
+    # adding -inf hides it; a key hidden from some rows only may hold NaN, which must be replaced.
+    alike = not causal and window is None and not packed
+    if visible is not None:
+        counted = visible & takes_part[..., None]
+        seen = counted.any(-2)[..., None]
+        # A row without keys gets equal scores rather than -inf, whose softmax would be NaN.
+        elsewhere = torch.where(takes_part, -torch.inf, 0.0)[..., None].expand_as(counted)
+        elsewhere = elsewhere.to(torch.promote_types(columns[0][0].dtype, torch.float32))
+        elsewhere = elsewhere.masked_fill(counted, 0.0)
+
+    def scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+        if visible is None:
+            return _scores(query, key, scale, temperature, relation_heads)
+        differentiable = query.requires_grad or key.requires_grad
+        if differentiable:
+            # What padding holds (NaN, say) must not reach a gradient as 0 * NaN.
+            query, key = torch.where(takes_part[..., None], query, 0.0), torch.where(seen, key, 0.0)
+        values = _scores(query, key, scale, temperature, relation_heads)
+        if differentiable and alike:
+            return values.add_(elsewhere)
+        return torch.where(counted, values, elsewhere)
 
     def divergence(
         query_s: Tensor,
@@ -47,30 +88,10 @@ def attention_kl(
         scale_s: float | None,
         scale_t: float | None,
     ) -> Tensor:
-        packed = cu_seqlens is not None
         tensors = [query_s, key_s, *(x if teacher_grad else x.detach() for x in (query_t, key_t))]
         if packed:  # [total, H, d]: one batch element whose sequences do not see each other
             tensors = [x.transpose(0, 1).unsqueeze(0) for x in tensors]
         query_s, key_s, query_t, key_t = tensors
-        visible, takes_part = _visibility(
-            query_s.shape[2],
-            key_s.shape[2],
-            attention_mask=attention_mask,
-            query_mask=query_mask[None] if packed and query_mask is not None else query_mask,
-            causal=causal,
-            window=window,
-            cu_seqlens=cu_seqlens,
-            device=query_s.device,
-        )
-        hidden, idle, unseen = ~visible, ~takes_part[..., None], ~visible.any(-2)[..., None]
-
-        def scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
-            # What padding holds (NaN, say) must not reach a gradient as 0 * NaN.
-            query, key = query.masked_fill(idle, 0.0), key.masked_fill(unseen, 0.0)
-            values = _scores(query, key, scale, temperature, relation_heads)
-            # A row without keys gets equal scores rather than -inf, whose softmax would be NaN.
-            return values.masked_fill(hidden, -torch.inf).masked_fill(idle, 0.0)
-
         log_t = torch.log_softmax(scores(query_t, key_t, scale_t), dim=-1)
         if match_heads == "mean":
             log_t = _log_mean_over_heads(log_t)
@@ -78,12 +99,9 @@ def attention_kl(
         losses = reduce_rows(rows, takes_part, reduction)
         return losses.squeeze(0) if packed and reduction == "none" else losses
 
-    arguments: tuple[Any, ...] = (query_s, key_s, query_t, key_t, scale_s, scale_t)
-    if isinstance(query_s, Tensor):
-        return divergence(*arguments)
-    pairs = len(query_s)
-    columns = [x if isinstance(x, Sequence) else [x] * pairs for x in arguments]
     losses = [divergence(*pair) for pair in zip(*columns, strict=True)]
+    if isinstance(query_s, Tensor):
+        return losses[0]
     return losses if reduction == "none" else torch.stack(losses)
 
 
@@ -97,11 +115,17 @@ def _visibility(
     window: int | None,
     cu_seqlens: Tensor | None,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Which keys each query sees [B | 1, 1, Nq, Nk], and which rows take part [B | 1, 1, Nq]."""
+) -> tuple[Tensor | None, Tensor]:
+    """Which keys each query sees [B | 1, 1, Nq, Nk], and which rows take part [B | 1, 1, Nq].
+
+    None for the former when every row takes part and sees every key.
+    """
+    given = (attention_mask, query_mask, window, cu_seqlens)
+    if not causal and all(option is None for option in given):
+        return None, torch.ones(1, 1, queries, dtype=torch.bool, device=device)
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
     row = torch.arange(queries, device=device)[:, None] + (keys - queries)  # bottom-right aligned
     column = torch.arange(keys, device=device)[None, :]
-    visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if causal:
         visible = visible & (column <= row)
     if window is not None:
@@ -131,8 +155,9 @@ def _scores(
 ) -> Tensor:
     """scale Q K^T / temperature [B, H, Nq, Nk], in float32 or better."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    group = query.shape[1] // key.shape[1]
-    query, key = query.to(dtype), key.to(dtype).repeat_interleave(group, dim=1)
+    query, key = query.to(dtype), key.to(dtype)
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     if relation_heads is not None:  # MiniLMv2: concatenate the heads, cut into relation heads
         query, key = (
             x.transpose(1, 2).flatten(2).unflatten(2, (relation_heads, -1)).transpose(1, 2)
@@ -140,7 +165,8 @@ def _scores(
         )
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return query @ key.transpose(-1, -2) * (scale / temperature)
+    # The factor goes to the smaller side of the product.
+    return product(query * (scale / temperature), key)
 
 
 def _log_mean_over_heads(log_p: Tensor) -> Tensor:

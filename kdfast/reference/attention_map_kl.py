@@ -100,48 +100,47 @@ def row_divergence(scores_s: Tensor, log_t: Tensor, direction: str) -> Tensor:
 
 
 class _RowDivergence(torch.autograd.Function):
+    """Backward scales the gradient made in forward, while the maps it needs are at hand."""
+
     @staticmethod
     def forward(ctx: Any, scores_s: Tensor, log_t: Tensor, direction: str) -> Tensor:
         log_s = torch.log_softmax(scores_s, dim=-1)
+        p_s, p_t = log_s.exp(), log_t.exp()
+        grad_s: Tensor | None = None
+        grad_t: Tensor | None = None
         if direction == "forward":
-            rows = _expectation(log_t, log_t - log_s).sum(-1)
+            grad_t = _expectation(p_t, log_t - log_s)
+            rows = grad_t.sum(-1)
+            if ctx.needs_input_grad[0]:
+                grad_s = p_s.sub_(p_t)
         elif direction == "reverse":
-            rows = _expectation(log_s, log_s - log_t).sum(-1)
+            terms = _expectation(p_s, log_s - log_t)
+            rows = terms.sum(-1)
+            if ctx.needs_input_grad[1]:
+                grad_t = p_t - p_s
+            if ctx.needs_input_grad[0]:
+                grad_s = terms.sub_(p_s.mul_(rows.unsqueeze(-1)))
         else:
-            from_t = _expectation(log_t, _log_ratio_to_middle(log_t, log_s)).sum(-1)
-            from_s = _expectation(log_s, _log_ratio_to_middle(log_s, log_t)).sum(-1)
-            rows = (from_t + from_s) / 2
-        ctx.save_for_backward(log_s, log_t)
-        ctx.direction = direction
+            grad_t = _expectation(p_t, _log_ratio_to_middle(log_t, log_s)).div_(2)
+            terms = _expectation(p_s, _log_ratio_to_middle(log_s, log_t)).div_(2)
+            from_s = terms.sum(-1)
+            rows = grad_t.sum(-1) + from_s
+            if ctx.needs_input_grad[0]:
+                grad_s = terms.sub_(p_s.mul_(from_s.unsqueeze(-1)))
+        ctx.save_for_backward(grad_s, grad_t if ctx.needs_input_grad[1] else None)
         return rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        log_s, log_t = ctx.saved_tensors
-        grad_t = None
-        if ctx.direction == "forward":
-            grad_s = log_s.exp() - log_t.exp()
-            if ctx.needs_input_grad[1]:
-                grad_t = _expectation(log_t, log_t - log_s)
-        elif ctx.direction == "reverse":
-            terms = _expectation(log_s, log_s - log_t)
-            grad_s = terms - log_s.exp() * terms.sum(-1, keepdim=True)
-            if ctx.needs_input_grad[1]:
-                grad_t = log_t.exp() - log_s.exp()
-        else:
-            terms = _expectation(log_s, _log_ratio_to_middle(log_s, log_t))
-            grad_s = (terms - log_s.exp() * terms.sum(-1, keepdim=True)) / 2
-            if ctx.needs_input_grad[1]:
-                grad_t = _expectation(log_t, _log_ratio_to_middle(log_t, log_s)) / 2
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         upstream = grad_rows.unsqueeze(-1)
-        return upstream * grad_s, None if grad_t is None else upstream * grad_t, None
+        grad_s, grad_t = (None if x is None else upstream * x for x in ctx.saved_tensors)
+        return grad_s, grad_t, None
 
 
-def _expectation(log_p: Tensor, values: Tensor) -> Tensor:
+def _expectation(p: Tensor, values: Tensor) -> Tensor:
     """p * values, the terms of an expectation, with 0 * (anything) = 0 where p is exactly zero."""
-    p = log_p.exp()
-    return p * values.masked_fill(p == 0, 0.0)
+    return values.masked_fill_(p == 0, 0.0).mul_(p)
 
 
 def _log_ratio_to_middle(log_p: Tensor, log_q: Tensor) -> Tensor:

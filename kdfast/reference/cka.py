@@ -15,6 +15,9 @@ the centred features
 
     <K_u, L_u> = |X_c^T Y_c|^2 - n/(n-2) sum(a b) + sum(a) sum(b) / ((n-1)(n-2)).
 
+The unbiased self-terms are small differences of large numbers where few rows carry most of the
+norm, of relative error up to n eps |X_c^T X_c|^2 / HSIC. Below that error they count as zero.
+
 Features are centred before any product, also where the formula does not ask for it: hidden states
 have dimensions whose mean is hundreds of standard deviations.
 """
@@ -26,6 +29,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kdfast.reference.product import product
 
 MINIMUM_ROWS = {"biased": 2, "unbiased": 4}
 
@@ -47,7 +52,7 @@ def hsic(
     if kernel == "linear":
         side = side or cheaper_side(x.shape[-2], [x.shape[-1]], [y.shape[-1]], self_terms=False)
     if kernel == "linear" and side == "feature":
-        inner = _feature_product(centred_x, centred_y, rows, estimator)
+        inner = _feature_inner(centred_x, centred_y, rows, estimator)
     else:
         gram_x = _gram(centred_x, rows, kernel, bandwidth_x, estimator)
         gram_y = _gram(centred_y, rows, kernel, bandwidth_y, estimator)
@@ -67,6 +72,7 @@ def cka(
     kernel: str = "linear",
     bandwidth: float | tuple[float, float] | None = None,
     estimator: str = "biased",
+    teacher_grad: bool = False,
     side: str | None = None,
 ) -> Tensor:
     """Reference of `kdfast.ops.cka`: the matrix of one layer pair."""
@@ -77,6 +83,7 @@ def cka(
         kernel=kernel,
         bandwidth=bandwidth,
         estimator=estimator,
+        teacher_grad=teacher_grad,
         side=side,
     )
     return matrix[..., 0, 0]
@@ -90,9 +97,12 @@ def cka_matrix(
     kernel: str = "linear",
     bandwidth: float | tuple[float, float] | None = None,
     estimator: str = "biased",
+    teacher_grad: bool = False,
     side: str | None = None,
 ) -> Tensor:
     """Reference of `kdfast.ops.cka_matrix`: every layer's own terms are computed once."""
+    if not teacher_grad:
+        layers_t = [y.detach() for y in layers_t]
     rows = _valid_rows(layers_s[0], mask)
     if kernel == "linear":
         side = side or cheaper_side(
@@ -107,12 +117,14 @@ def cka_matrix(
 
     if kernel == "linear" and side == "feature":
         terms_s, terms_t = features
-        own_s, own_t = ([_feature_product(x, x, rows, estimator) for x in f] for f in features)
-        size_s, size_t = (
-            [_feature_product(x, x, rows, "biased") for x in f] if estimator == "unbiased" else own
-            for f, own in zip(features, (own_s, own_t), strict=True)
-        )
-        cross = [[_feature_product(x, y, rows, estimator) for y in terms_t] for x in terms_s]
+        size_s, size_t = ([_feature_inner(x, x, rows, "biased") for x in f] for f in features)
+        own_s, own_t = size_s, size_t
+        if estimator == "unbiased":
+            own_s, own_t = (
+                [_unbiased(size, x, x, rows) for size, x in zip(sizes, f, strict=True)]
+                for sizes, f in zip((size_s, size_t), features, strict=True)
+            )
+        cross = [[_feature_inner(x, y, rows, estimator) for y in terms_t] for x in terms_s]
     else:
         grams = [
             [_unit_scale(_gram(x, rows, kernel, sigma, estimator)) for x in layers]
@@ -124,8 +136,8 @@ def cka_matrix(
         cross = [[_inner(k, c) for c in terms_t] for k in terms_s]
 
     enough = rows.count >= MINIMUM_ROWS[estimator]
-    flat_s = [_vanishes(own, size) for own, size in zip(own_s, size_s, strict=True)]
-    flat_t = [_vanishes(own, size) for own, size in zip(own_t, size_t, strict=True)]
+    flat_s = [_vanishes(own, size, rows) for own, size in zip(own_s, size_s, strict=True)]
+    flat_t = [_vanishes(own, size, rows) for own, size in zip(own_t, size_t, strict=True)]
     matrix = [
         [
             _ratio(cross[i][j], own_s[i], own_t[j], enough & ~flat_s[i] & ~flat_t[j])
@@ -194,7 +206,7 @@ def _gram(
     centred: Tensor, rows: _Rows, kernel: str, bandwidth: float | None, estimator: str
 ) -> Tensor:
     """K [..., n, n] up to a constant, which centring removes; zero where the estimator has none."""
-    gram = centred @ centred.transpose(-1, -2)
+    gram = product(centred, centred)
     dropped = ~_entries(rows, estimator)
     if kernel == "linear":
         return gram.masked_fill(dropped, 0.0)
@@ -206,7 +218,7 @@ def _gram(
     if bandwidth is None:
         variance = torch.where(typical > 0, typical, torch.ones_like(typical))
     else:
-        variance = torch.full_like(typical, bandwidth**2)
+        variance = torch.ones_like(typical) * bandwidth**2
     exponent, typical = -distances / (2 * variance), -typical / (2 * variance)
     # exp(exponent) - exp(typical), by expm1 where the two are close: a bandwidth much larger than
     # the distances makes all entries nearly equal, and the digits that differ are all that counts.
@@ -242,26 +254,29 @@ def _inner(k: Tensor, c: Tensor) -> Tensor:
     return (k * c).sum((-2, -1))
 
 
-def _feature_product(x: Tensor, y: Tensor, rows: _Rows, estimator: str) -> Tensor:
+def _feature_inner(x: Tensor, y: Tensor, rows: _Rows, estimator: str) -> Tensor:
     """<K_c, L_c> or <K_u, L_u> [...] from the centred features alone."""
-    product = (x.transpose(-1, -2) @ y).square().sum((-2, -1))
-    if estimator == "biased":
-        return product
+    inner = product(x.transpose(-1, -2), y.transpose(-1, -2)).square().sum((-2, -1))
+    return inner if estimator == "biased" else _unbiased(inner, x, y, rows)
+
+
+def _unbiased(inner: Tensor, x: Tensor, y: Tensor, rows: _Rows) -> Tensor:
+    """<K_u, L_u> from <K_c, L_c> and the centred features."""
     n = rows.count
     norms_x, norms_y = x.square().sum(-1), y.square().sum(-1)
     return (
-        product
+        inner
         - n / (n - 2).clamp(min=1) * (norms_x * norms_y).sum(-1)
         + norms_x.sum(-1) * norms_y.sum(-1) / ((n - 1) * (n - 2)).clamp(min=1)
     )
 
 
-def _vanishes(own: Tensor, size: Tensor) -> Tensor:
+def _vanishes(own: Tensor, size: Tensor, rows: _Rows) -> Tensor:
     """Whether a self-HSIC is zero, up to the rounding of the numbers it is the difference of.
 
     False for NaN, which must come out again.
     """
-    return own <= 4 * torch.finfo(own.dtype).eps * size
+    return own <= 2 * torch.finfo(own.dtype).eps * rows.count * size
 
 
 def _ratio(cross: Tensor, own_s: Tensor, own_t: Tensor, defined: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.reference.attention_map_kl import reduce_rows, row_divergence
+from kdfast.reference.product import product
 
 
 def layer_projection(
@@ -30,7 +31,7 @@ def layer_projection(
     """Reference of `kdfast.ops.layer_projection`."""
     states_s, states_t = _stack(layers_s, mask), _stack(layers_t, mask)
     weights = _weights(states_s, states_t, scale)
-    projected = (weights @ states_t).to(layers_t[0].dtype)
+    projected = product(weights, states_t.transpose(-1, -2)).to(layers_t[0].dtype)
     if mask is not None:
         weights = weights.masked_fill(~mask.bool()[..., None, None], 0.0)
     return list(projected.unbind(-2)), weights
@@ -51,12 +52,14 @@ def layer_projection_loss(
     states_s, states_t = _stack(layers_s, mask), _stack(layers_t, mask)
     weights = _weights(states_s, states_t, scale)
     if attend == "states":
-        losses = _compare(states_s, weights @ states_t, objective, temperature)
-    else:
-        every_pair = _compare(
-            states_s.unsqueeze(-2), states_t.unsqueeze(-3), objective, temperature
-        )
-        losses = (weights * every_pair).sum(-1)
+        projected = product(weights, states_t.transpose(-1, -2))
+        losses = _compare(states_s, projected, objective, temperature)
+    else:  # one teacher layer at a time, rather than [..., L_s, L_t, d] at once
+        against = [
+            _compare(states_s, state_t.unsqueeze(-2), objective, temperature)
+            for state_t in states_t.unbind(-2)
+        ]
+        losses = (weights * torch.stack(against, dim=-1)).sum(-1)
     if mask is None:
         takes_part = torch.ones(losses.shape, dtype=torch.bool, device=losses.device)
     else:
@@ -72,7 +75,7 @@ def _stack(layers: Sequence[Tensor], mask: Tensor | None) -> Tensor:
 
 
 def _weights(states_s: Tensor, states_t: Tensor, scale: float) -> Tensor:
-    return torch.softmax(states_s @ states_t.transpose(-1, -2) * scale, dim=-1)
+    return torch.softmax(product(states_s, states_t) * scale, dim=-1)
 
 
 def _compare(states: Tensor, targets: Tensor, objective: str, temperature: float) -> Tensor:

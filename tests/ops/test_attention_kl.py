@@ -320,17 +320,27 @@ def test_packed_gradients_pass_gradcheck(direction):
 # Against torch, and against eager arithmetic in the same dtype
 
 
-def eager(query_s, key_s, query_t, key_t):
-    """What one would write: KL(t || s), mean over rows, all in the dtype of the inputs."""
-    scores_s = query_s @ key_s.transpose(-1, -2) / math.sqrt(query_s.shape[-1])
-    scores_t = query_t @ key_t.transpose(-1, -2) / math.sqrt(query_t.shape[-1])
-    rows = F.kl_div(scores_s.log_softmax(-1), scores_t.softmax(-1), reduction="none").sum(-1)
-    return rows.mean()
+def eager(query_s, key_s, query_t, key_t, direction="forward"):
+    """What one would write: the mean over rows, all in the dtype of the inputs."""
+    log_s, log_t = (
+        (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).log_softmax(-1)
+        for query, key in ((query_s, key_s), (query_t, key_t))
+    )
+
+    def kl(log_p, log_q):
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+
+    if direction == "forward":
+        return kl(log_t, log_s)
+    if direction == "reverse":
+        return kl(log_s, log_t)
+    log_middle = torch.logaddexp(log_s, log_t) - math.log(2)
+    return (kl(log_t, log_middle) + kl(log_s, log_middle)) / 2
 
 
-def loss_and_gradients(function, inputs):
+def loss_and_gradients(function, inputs, **options):
     query_s, key_s = (x.detach().clone().requires_grad_() for x in inputs[:2])
-    loss = function(query_s, key_s, *inputs[2:])
+    loss = function(query_s, key_s, *inputs[2:], **options)
     loss.backward(torch.tensor(3.0, dtype=loss.dtype))
     return [x.detach().double() for x in (loss, query_s.grad, key_s.grad)]
 
@@ -343,22 +353,71 @@ def test_loss_and_gradients_equal_softmax_and_kl_div_of_torch():
         torch.testing.assert_close(ours, theirs)
 
 
+HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@directions
 @pytest.mark.parametrize("n", [1, 3, 17, 127, 129])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("maps", ["unrelated", "near-equal with a key offset"])
-def test_error_is_at_most_twice_that_of_eager_in_the_same_dtype(n, dtype, maps):
-    query_s, key_s, query_t, key_t = four(b=1, h=2, n=n, d=16, dtype=torch.float32)
-    if maps != "unrelated":
-        query_s = query_t + 1e-3 * query_s
-        key_t = key_t + 20 * torch.randn(1, 2, 1, 16)  # shifts every row's scores, not its softmax
-        key_s = key_t
-    inputs = [x.to(dtype) for x in (query_s, key_s, query_t, key_t)]
-    exact = loss_and_gradients(eager, [x.double() for x in inputs])
-    ours, theirs = (loss_and_gradients(f, inputs) for f in (attention_kl, eager))
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+def test_error_is_at_most_twice_that_of_eager_in_the_same_dtype(n, dtype, direction):
+    inputs = four(b=1, h=2, n=n, d=16, dtype=dtype)
+    exact = loss_and_gradients(eager, [x.double() for x in inputs], direction=direction)
+    ours, theirs = (
+        loss_and_gradients(f, inputs, direction=direction) for f in (attention_kl, eager)
+    )
     for truth, mine, its in zip(exact, ours, theirs, strict=True):
-        scale = truth.abs().max()
-        floor = torch.finfo(dtype).eps * scale + 1e-7
+        floor = torch.finfo(dtype).eps * truth.abs().max() + 1e-7
         assert (mine - truth).abs().max() <= 2 * (its - truth).abs().max() + floor
+
+
+def near_equal(n, dtype, offset):
+    query_s, _, query_t, key_t = four(b=1, h=2, n=n, d=16, dtype=torch.float32)
+    key_t = key_t + offset * torch.randn(1, 2, 1, 16)  # shifts a row's scores, not its softmax
+    return [x.to(dtype) for x in (query_t + 1e-2 * query_s, key_t, query_t, key_t)]
+
+
+def errors_and_bounds(function, inputs, direction):
+    """Against float32 arithmetic: a loss may lose nothing to half inputs, a gradient its dtype."""
+    dtype = inputs[0].dtype
+    exact = loss_and_gradients(eager, [x.double() for x in inputs], direction=direction)
+    theirs = loss_and_gradients(eager, [x.float() for x in inputs], direction=direction)
+    ours = loss_and_gradients(function, inputs, direction=direction)
+    info = torch.finfo(dtype)
+    of_gradients = (info.eps, info.smallest_normal * info.eps)  # the latter is its last digit
+    floors = [(16 * torch.finfo(torch.float32).eps, 0.0), of_gradients, of_gradients]
+    for truth, mine, its, (relative, least) in zip(exact, ours, theirs, floors, strict=True):
+        bound = 2 * (its - truth).abs().max() + relative * truth.abs().max() + least
+        yield (mine - truth).abs().max(), bound
+
+
+@directions
+@pytest.mark.parametrize("n", [3, 17, 127, 129])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("offset", [0, 20])
+def test_error_on_near_equal_maps_is_at_most_twice_that_of_float32_eager(
+    n, dtype, direction, offset
+):
+    for error, bound in errors_and_bounds(attention_kl, near_equal(n, dtype, offset), direction):
+        assert error <= bound
+
+
+def unshifted(query_s, key_s, query_t, key_t, direction):
+    scores_s, scores_t = (
+        q.float() @ k.float().mT / 4 for q, k in ((query_s, key_s), (query_t, key_t))
+    )
+    sums = (scores_t.softmax(-1) * (scores_t - scores_s)).sum(-1)
+    return (sums - scores_t.logsumexp(-1) + scores_s.logsumexp(-1)).mean()
+
+
+def nothing(query_s, key_s, query_t, key_t, direction):
+    return 0 * (query_s.float().sum() + key_s.float().sum())
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("wrong", [unshifted, nothing])
+def test_bound_on_near_equal_maps_tells_a_wrong_loss(wrong, dtype):
+    error, bound = next(errors_and_bounds(wrong, near_equal(129, dtype, 20), "forward"))
+    assert error > bound
 
 
 def test_odd_sizes_equal_the_formula_in_float32():
@@ -508,6 +567,48 @@ def test_what_padding_holds_reaches_neither_loss_nor_gradient(direction):
         assert torch.equal(ours, theirs)
 
 
+@directions
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window": 0},
+        {"causal": True, "window": 2, "attention_mask": torch.ones(1, 5)},
+        {"cu_seqlens": torch.tensor([0, 4, 5])},
+        {"cu_seqlens": torch.tensor([0, 2, 5]), "causal": True},
+    ],
+    ids=str,
+)
+def test_what_only_excluded_queries_see_reaches_neither_loss_nor_gradient(direction, options):
+    clean = four(b=1)
+    chosen = torch.tensor([[1, 1, 1, 1, 0]])
+    if "cu_seqlens" in options:
+        clean, chosen = [x[0].transpose(0, 1) for x in clean], chosen[0]
+    results = []
+    for filling in (0.0, math.nan):
+        inputs = [x.clone() for x in clean]
+        for x in inputs:
+            x[(4,) if x.dim() == 3 else (..., 4, slice(None))] = filling
+            x.requires_grad_()
+        loss = attention_kl(
+            *inputs, **options, query_mask=chosen, direction=direction, teacher_grad=True
+        )
+        loss.backward()
+        results.append([loss, *(x.grad for x in inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@directions
+def test_nan_in_a_key_reaches_only_the_rows_that_see_it(direction):
+    inputs = four()
+    for x in inputs[1::2]:
+        x[..., 3, :] = math.nan
+    rows = attention_kl(*inputs, causal=True, direction=direction, reduction="none")
+    assert rows[..., :3].isfinite().all()
+    assert rows[..., 3:].isnan().all()
+
+
 def test_padded_batch_equals_the_trimmed_sequence():
     inputs = four(b=1, n=5)
     mask = torch.tensor([[True, True, True, False, False]])
@@ -520,6 +621,28 @@ def test_mask_may_be_bool_integer_or_float(dtype):
     inputs = four()
     loss = attention_kl(*inputs, attention_mask=MASK.to(dtype), query_mask=MASK.to(dtype))
     assert torch.equal(loss, attention_kl(*inputs, attention_mask=MASK.bool()))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float16, torch.float32], ids=str)
+def test_mask_whose_values_are_not_looked_at_is_never_inverted(dtype):
+    added = torch.where(MASK == 1, 0, -10000).to(dtype)
+    inputs = four()
+
+    def loss(*inputs, mask):  # a compiled graph waits for no value, as on any device but the CPU
+        return attention_kl(*inputs, attention_mask=mask)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert compiled(*inputs, mask=added) == 0
+    torch.testing.assert_close(
+        compiled(*inputs, mask=MASK.to(dtype)), attention_kl(*inputs, attention_mask=MASK)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_mask_on_the_meta_device_may_be_bool_integer_or_float(dtype):
+    inputs = [x.to("meta") for x in four()]
+    mask = torch.empty(2, 5, dtype=dtype, device="meta")
+    assert attention_kl(*inputs, attention_mask=mask).shape == ()
 
 
 def test_upstream_gradient_scales_the_gradient():
@@ -588,6 +711,15 @@ def test_autocast_does_not_change_the_float32_result():
     with torch.autocast("cpu", torch.bfloat16):
         loss = attention_kl(*inputs)
     assert torch.equal(loss, attention_kl(*inputs))
+
+
+@directions
+def test_autocast_around_backward_does_not_change_the_gradients(direction):
+    inputs = four(n=17, d=16, dtype=torch.float32)
+    expected = loss_and_gradients(attention_kl, inputs, direction=direction)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = loss_and_gradients(attention_kl, inputs, direction=direction)
+    assert all(map(torch.equal, results, expected))
 
 
 def test_autocast_promotes_mixed_dtypes():
@@ -679,6 +811,7 @@ def swap(index, value):
         (four(), {"attention_mask": MASK.tolist()}, TypeError, "attention_mask is a list"),
         (four(), {"cu_seqlens": torch.tensor([0, 2])}, ValueError, "query_s.*packed"),
         (four(), {"backend": "tritn"}, ValueError, "did you mean 'triton'"),
+        (four(), {"backend": None}, ValueError, "backend=None is unknown; allowed"),
         ([[], [], [], []], {}, ValueError, "query_s is empty"),
         ([[four()[0]], [], [four()[2]], [four()[3]]], {}, ValueError, "key_s is empty"),
         ([[four()[0]] * 2, *([x] for x in four()[1:])], {}, ValueError, "key_s has 1 tensors"),

@@ -440,3 +440,17 @@ P = torch.full((2, 3, 4, 4), 0.25)
 def test_bad_argument_is_named(map_s, map_t, options, error, message):
     with pytest.raises(error, match=message):
         attention_map_kl(map_s, map_t, **options)
+
+
+@directions
+@pytest.mark.parametrize("inputs", ["probabilities", "scores"])
+def test_compiled_without_graph_breaks_equals_eager(inputs, direction):
+    map_s, map_t = (torch.randn(2, 3, 4, 4).double().softmax(-1) for _ in range(2))
+    map_s.requires_grad_()
+
+    def loss(map_s, map_t):
+        return attention_map_kl(map_s, map_t, inputs=inputs, direction=direction)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(map_s, map_t), map_s)[0] for f in (compiled, loss)]
+    torch.testing.assert_close(*grads)

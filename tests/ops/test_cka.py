@@ -18,6 +18,7 @@ OPTIONS = {
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 estimators = pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+BOTH_SIDES = {hsic: {}, cka: {"teacher_grad": True}}
 sides = pytest.mark.parametrize("side", ["gram", "feature"])
 
 
@@ -141,9 +142,8 @@ def test_gradients_pass_gradcheck_on_either_side(function, estimator, side):
     x, y = features(2, 6, 3).requires_grad_(), features(2, 6, 4).requires_grad_()
     mask = torch.ones(2, 6)
     mask[1, 2] = 0
-    assert torch.autograd.gradcheck(
-        lambda x, y: dense(x, y, mask=mask, estimator=estimator, side=side), (x, y)
-    )
+    options = {"estimator": estimator, "side": side, **BOTH_SIDES[function]}
+    assert torch.autograd.gradcheck(lambda x, y: dense(x, y, mask=mask, **options), (x, y))
 
 
 @pytest.mark.parametrize("function", [hsic, cka])
@@ -154,10 +154,11 @@ def test_rbf_gradients_pass_gradcheck(function, estimator, masked):
     mask = torch.tensor([[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]]) if masked else None
     assert torch.autograd.gradcheck(
         lambda x, y: function(
-            x, y, mask=mask, kernel="rbf", estimator=estimator, bandwidth=(1.5, 2.5)
+            x, y, mask=mask, kernel="rbf", estimator=estimator, bandwidth=(1.5, 2.5),
+            **BOTH_SIDES[function],
         ),
         (x, y),
-    )
+    )  # fmt: skip
 
 
 def test_default_bandwidth_is_constant_in_backward():
@@ -226,7 +227,10 @@ def test_matrix_of_single_problems_has_two_dimensions():
 def test_matrix_gradients_pass_gradcheck(estimator, side):
     layers = [features(6, d).requires_grad_() for d in (3, 2, 4, 3)]
     assert torch.autograd.gradcheck(
-        lambda *x: reference.cka_matrix(x[:2], x[2:], estimator=estimator, side=side), layers
+        lambda *x: reference.cka_matrix(
+            x[:2], x[2:], estimator=estimator, side=side, teacher_grad=True
+        ),
+        layers,
     )
 
 
@@ -376,7 +380,7 @@ def test_float32_error_is_at_most_twice_that_of_eager(n, estimator):
 def test_equal_rows_give_zero_with_zero_gradient(options, function, constant):
     x = torch.full((2, 7, 5), constant, requires_grad=True)
     y = features(2, 7, 3, dtype=torch.float32).requires_grad_()
-    value = function(x, y, **options)
+    value = function(x, y, **options, **BOTH_SIDES[function])
     value.sum().backward()
     assert torch.count_nonzero(value) == 0
     assert torch.count_nonzero(x.grad) == 0
@@ -386,11 +390,15 @@ def test_equal_rows_give_zero_with_zero_gradient(options, function, constant):
 
 
 @sides
-def test_unbiased_self_hsic_that_is_only_rounding_gives_zero(side):
-    x = torch.zeros(6, 3)
-    x[0] = 1.0  # one row stands out: its hollow, centred kernel is exactly zero
+@pytest.mark.parametrize("n", [6, 1025, 4096])
+@pytest.mark.parametrize("row", [0, 5])
+def test_unbiased_self_hsic_that_is_only_rounding_gives_zero(side, n, row):
+    if side == "gram" and n > 1025:
+        pytest.skip("64 MB a matrix, and this many rows take the feature side")
+    x = torch.zeros(n, 3)
+    x[row] = torch.randn(3)  # one row stands out: its hollow, centred kernel is exactly zero
     x.requires_grad_()
-    value = reference.cka(x, features(6, 4, dtype=torch.float32), estimator="unbiased", side=side)
+    value = reference.cka(x, features(n, 4, dtype=torch.float32), estimator="unbiased", side=side)
     value.backward()
     assert value == 0
     assert torch.count_nonzero(x.grad) == 0
@@ -480,6 +488,19 @@ def test_value_is_float32_and_gradient_has_the_inputs_dtype():
         assert x.grad.dtype == dtype
 
 
+@estimators
+@sides
+def test_autocast_around_backward_does_not_change_the_gradient(estimator, side):
+    x, y = features(9, 40, dtype=torch.float32), features(9, 50, dtype=torch.float32)
+    x.requires_grad_()
+    gradients = []
+    for enabled in (False, True):
+        value = reference.cka(x, y, estimator=estimator, side=side)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(value, x)[0])
+    assert torch.equal(*gradients)
+
+
 def test_autocast_does_not_change_the_float32_result():
     x, y = features(9, 40, dtype=torch.float32), features(9, 50, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -493,6 +514,33 @@ def test_second_derivative_raises_naming_the_operator(function):
     (grad,) = torch.autograd.grad(function(x, y), x, create_graph=True)
     with pytest.raises(RuntimeError, match=f"^{function.__name__} .*second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("function", [hsic, cka])
+@options
+def test_compiled_without_graph_breaks_equals_eager(function, options):
+    x, y = features(6, 4).requires_grad_(), features(6, 3)
+
+    def value(x, y):
+        return function(x, y, mask=torch.tensor([1, 1, 0, 1, 1, 1]), **options)
+
+    torch.compiler.reset()  # or a bandwidth that differs from the last test's becomes symbolic
+    compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(x, y), x)[0] for f in (compiled, value)]
+    torch.testing.assert_close(*grads)
+
+
+def test_teacher_that_requires_grad_is_refused_when_gradients_are_on():
+    x, y = features(6, 4).requires_grad_(), features(6, 3).requires_grad_()
+    with torch.no_grad():
+        cka(x, y)
+        cka_matrix([x], [y])
+    with pytest.raises(ValueError, match=r"cka: x_t requires grad.*teacher_grad=True"):
+        cka(x, y)
+    with pytest.raises(ValueError, match=r"cka_matrix: layers_t\[1\] requires grad"):
+        cka_matrix([x], [y.detach(), y])
+    cka_matrix([x], [y], teacher_grad=True).sum().backward()
+    assert torch.count_nonzero(y.grad)
 
 
 # Errors

@@ -124,6 +124,20 @@ def test_kernel_that_cannot_be_imported_is_a_reason_and_not_a_crash(monkeypatch)
     assert isinstance(cka(torch.rand(4, 2), torch.rand(4, 2)), torch.Tensor)
 
 
+def test_library_that_does_not_load_is_a_reason_and_is_tried_once(monkeypatch):
+    tries = []
+
+    def load():
+        tries.append(1)
+        raise OSError("libkdfast_cpu.so: undefined symbol")
+
+    monkeypatch.setitem(dispatch.KERNELS, ("cka", "cpp"), dispatch.Kernel(load))
+    for _ in range(2):
+        assert isinstance(cka(torch.rand(4, 2), torch.rand(4, 2)), torch.Tensor)
+    assert explain("cka")[1] == ("cpp", False, "libkdfast_cpu.so: undefined symbol")
+    assert len(tries) == 1
+
+
 def test_kdfast_log_says_what_auto_picked(monkeypatch, caplog):
     x = torch.rand(1, 1, 3, 2)
     monkeypatch.delenv("KDFAST_LOG", raising=False)

@@ -382,6 +382,36 @@ def test_autocast_does_not_change_the_float32_result(objective):
 
 
 @objectives
+@attends
+def test_autocast_around_backward_does_not_change_the_gradient(objective, attend):
+    layers_s, layers_t = layers(2, 3, 9, dtype=torch.float32), layers(3, 3, 9, dtype=torch.float32)
+
+    def results():
+        return loss_and_gradient(
+            lambda s, t: layer_projection_loss(s, t, objective=objective, attend=attend),
+            layers_s,
+            layers_t,
+        )
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, results(), expected))
+
+
+@objectives
+@attends
+def test_compiled_without_graph_breaks_equals_eager(objective, attend):
+    layers_s, layers_t = layers(2, 3, 5, grad=True), layers(3, 3, 5)
+
+    def loss(layers_s, layers_t):
+        return layer_projection_loss(layers_s, layers_t, objective=objective, attend=attend)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(layers_s, layers_t), layers_s) for f in (compiled, loss)]
+    torch.testing.assert_close(*grads)
+
+
+@objectives
 def test_second_derivative_raises_naming_the_operator(objective):
     layers_s, layers_t = layers(1, 3, 4, grad=True), layers(2, 3, 4)
     loss = layer_projection_loss(layers_s, layers_t, objective=objective)
