@@ -16,6 +16,7 @@ matplotlib.use("Agg")  # no display is needed, and none may be there
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 from safetensors.torch import load_file
 
 # Column, how it is shown, and whether it is a share (shown in percent).
@@ -288,8 +289,9 @@ def _plot_losses(folder: Path, results: dict[str, Any]) -> Path | None:
         values = [e[t] for r in records for e in r["log"] for t in terms if t in e]
         if min(values) > 0 and max(values) > 8 * min(values):
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(way.replace("_", " "), fontsize=10)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
