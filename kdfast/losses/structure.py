@@ -6,11 +6,9 @@ import torch
 from torch import nn
 
 from kdfast.losses.layers import LAYER_REDUCTIONS, Layers, as_pairs, choose, over_layers
-from kdfast.ops.cka import cka
+from kdfast.ops.cka import MINIMUM_ROWS, cka
 
 FORMS = ("one_minus", "neg_log")
-# Fewer rows leave the estimator undefined (see kdfast.cka).
-MINIMUM_ROWS = {"biased": 2, "unbiased": 4}
 
 
 class CKALoss(nn.Module):

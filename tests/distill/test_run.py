@@ -226,8 +226,6 @@ def test_a_run_cut_off_after_its_last_step_is_scored_without_training_on(setting
     run("distill", config, *changes)
     whole = load_file(run_dir / "students" / "internal" / "seed-1" / "model.safetensors")
     # As if it had been killed while predicting: the last checkpoint is there, the student is not.
-    shutil.copytree(run_dir, f"{run_dir}-2")
-    again = run_dir.with_name("run-2")
     process = start(config, *changes, f"output_dir={run_dir}-3", "training.save_every=4")
     checkpoint = run_dir.with_name("run-3") / "work" / "internal" / "seed-1" / "checkpoint-4"
     wait_for((checkpoint / "trainer_state.json").is_file, process)
@@ -236,7 +234,7 @@ def test_a_run_cut_off_after_its_last_step_is_scored_without_training_on(setting
     status, _, _ = run(
         "distill", config, *changes, f"output_dir={run_dir}-3", "training.save_every=4"
     )
-    assert status == 0 and again.exists()
+    assert status == 0
     resumed = load_file(run_dir.with_name("run-3") / "students/internal/seed-1/model.safetensors")
     assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
 
