@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdfast.ops import arguments, dispatch
+from kdfast.ops import arguments, dispatch, library
 
 DIRECTIONS = ("forward", "reverse", "js")
 REDUCTIONS = ("mean", "sum", "none")
@@ -308,3 +309,324 @@ def _check_scale(op: str, name: str, scale: Any, pairs: int | None) -> float | l
     if len(scale) != pairs:
         raise ValueError(f"{op}: {name} has {len(scale)} numbers, should have {pairs}, one a pair")
     return [arguments.finite(op, f"{name}[{i}]", value) for i, value in enumerate(scale)]
+
+
+# The kernels. They see [B, H, N, d] tensors of any strides with a dense last dimension (packed
+# sequences as one batch element), masks that are bool, scales that include the temperature, and a
+# query mask that already says which rows padding takes out. Over P pairs, with heads concatenated:
+#
+#   forward   -> rows [B, sum H, Nq], inner, lse_s [B, sum H, Nq], lse_t [B, sum H_t, Nq]; float32
+#                (float64 for float64). inner is KL(s || m) per row for "js", else empty. A row that
+#                takes no part has rows = inner = 0 and lse_s = +inf.
+#   backward  grad_rows [B, sum H, Nq], of any strides -> the gradients of all student queries, and
+#                of all student keys, one after the other in one flat tensor of the inputs' dtype,
+#                each [B, H, N, d], or [B, N, H, d] with tokens_first.
+#   fused     for "mean" and "sum": losses [P] and both gradients, for an upstream gradient of 1,
+#                laid out as those of backward, in float32 (float64).
+
+_INPUTS = (
+    "Tensor[] query_s, Tensor[] key_s, Tensor[] query_t, Tensor[] key_t, Tensor? attention_mask, "
+    "Tensor? query_mask, Tensor? cu_seqlens, float[] scale_s, float[] scale_t, bool causal, "
+    "int? window, bool mean_heads, str direction"
+)
+
+
+def _statistics(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+def _fake_forward(query_s: list[Tensor], *inputs: Any) -> tuple[Tensor, ...]:
+    query_t, direction = inputs[1], inputs[-1]
+    batch, _, queries, _ = query_s[0].shape
+    dtype = _statistics(query_s[0])
+    rows, lse_s, inner = (
+        query_s[0].new_empty((batch, sum(x.shape[1] for x in query_s), queries), dtype=dtype)
+        for _ in range(3)
+    )
+    if direction != "js":
+        inner = query_s[0].new_empty((0,), dtype=dtype)
+    heads_t = sum(x.shape[1] for x in query_t)
+    return rows, inner, lse_s, query_s[0].new_empty((batch, heads_t, queries), dtype=dtype)
+
+
+def _fake_gradients(
+    query_s: list[Tensor], key_s: list[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    grad_query, grad_key = (
+        query_s[0].new_empty((sum(x.numel() for x in side),), dtype=dtype)
+        for side in (query_s, key_s)
+    )
+    return grad_query, grad_key
+
+
+def _fake_backward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    query_s, key_s = inputs[5:7]
+    return _fake_gradients(query_s, key_s, query_s[0].dtype)
+
+
+def _fake_fused(query_s: list[Tensor], key_s: list[Tensor], *inputs: Any) -> tuple[Tensor, ...]:
+    dtype = _statistics(query_s[0])
+    losses = query_s[0].new_empty((len(query_s),), dtype=dtype)
+    return losses, *_fake_gradients(query_s, key_s, dtype)
+
+
+_FORWARD = library.define(
+    "attention_kl_forward", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake_forward
+)
+_BACKWARD = library.define(
+    "attention_kl_backward",
+    "(Tensor grad_rows, Tensor rows, Tensor inner, Tensor lse_s, Tensor lse_t, "
+    f"{_INPUTS}, bool tokens_first) -> (Tensor, Tensor)",
+    _fake_backward,
+)
+_FUSED = library.define(
+    "attention_kl_fused",
+    f"({_INPUTS}, str reduction, bool tokens_first) -> (Tensor, Tensor, Tensor)",
+    _fake_fused,
+)
+# Up to how many keys a backend makes the gradient in the forward sweep; None: always.
+FUSED_KEYS: dict[str, int | None] = {"cpp": None, "triton": 256, "cuda": 256}
+SWAPPED = {"forward": "reverse", "reverse": "forward", "js": "js"}
+
+
+class _AttentionKL(torch.autograd.Function):
+    """Losses [P], or rows [B, sum H, Nq], of P layer pairs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        fused: bool,
+        reduction: str,
+        scale_s: list[float],
+        scale_t: list[float],
+        causal: bool,
+        window: int | None,
+        mean_heads: bool,
+        direction: str,
+        attention_mask: Tensor | None,
+        query_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.backend, ctx.fused, ctx.reduction = backend, fused, reduction
+        ctx.options = (causal, window, mean_heads)
+        ctx.scales, ctx.direction = (scale_s, scale_t), direction
+        ctx.pairs = len(tensors) // 4
+        masks = (attention_mask, query_mask, cu_seqlens)
+        sides = _sides(tensors)
+        inputs = (*sides, *masks, scale_s, scale_t, *ctx.options, direction)
+        if fused:
+            losses, *gradients = _FUSED[backend](*inputs, reduction, _tokens_first(tensors[0]))
+            # Beside the saved tensors, so that backward may scale the gradients where they lie.
+            compiling = torch.compiler.is_compiling()
+            ctx.made = None if compiling else gradients
+            ctx.save_for_backward(*masks, *tensors, *(gradients if compiling else ()))
+            return losses
+        rows, inner, lse_s, lse_t = _FORWARD[backend](*inputs)
+        heads = [query.shape[1] for query in sides[0]]
+        counts = _counts(lse_s, heads) if reduction == "mean" else None
+        ctx.save_for_backward(*masks, *tensors, rows, inner, lse_s, lse_t, counts)
+        if reduction == "none":
+            return rows
+        losses = torch.stack([part.sum() for part in rows.split(heads, 1)])
+        return losses if counts is None else losses / counts
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        masks, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3 : 3 + 4 * ctx.pairs]
+        saved = ctx.saved_tensors[3 + 4 * ctx.pairs :]
+        with torch.no_grad():
+            if ctx.fused:
+                gradients = _scaled(ctx, grad, masks, tensors, saved)
+            else:
+                gradients = _recomputed(ctx, grad, masks, tensors, saved)
+        wanted = ctx.needs_input_grad[-4 * ctx.pairs :]
+        gradients = [x if wants else None for x, wants in zip(gradients, wanted, strict=True)]
+        return (None,) * 12 + tuple(dispatch.first_derivatives("attention_kl", gradients, tensors))
+
+
+def _scaled(
+    ctx: Any,
+    grad: Tensor,
+    masks: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor, ...],
+    saved: tuple[Tensor, ...],
+) -> list[Tensor | None]:
+    """The gradients made in forward, times the upstream gradient."""
+    query_s, key_s, query_t, key_t = _sides(tensors)
+    tokens_first = _tokens_first(tensors[0])
+    flat, ctx.made = saved or ctx.made, None
+    if flat is None:  # a second backward through one graph
+        _, *flat = _FUSED[ctx.backend](
+            query_s, key_s, query_t, key_t, *masks, *ctx.scales, *ctx.options, ctx.direction,
+            ctx.reduction, tokens_first,
+        )  # fmt: skip
+    upstream = grad.unbind()
+    gradients: list[Tensor | None] = []
+    for side, like in zip(flat, (query_s, key_s), strict=True):
+        for piece, x, factor in zip(_cut(side, like, tokens_first), like, upstream, strict=True):
+            scaled = piece * factor if saved else piece.mul_(factor)
+            gradients.append(scaled.to(x.dtype))
+    return gradients + [None] * (2 * ctx.pairs)
+
+
+def _recomputed(
+    ctx: Any,
+    grad: Tensor,
+    masks: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor, ...],
+    saved: tuple[Tensor, ...],
+) -> list[Tensor | None]:
+    """The gradients from the statistics of forward; scores are computed again, tile by tile."""
+    rows, inner, lse_s, lse_t, counts = saved
+    query_s, key_s, query_t, key_t = _sides(tensors)
+    scale_s, scale_t = ctx.scales
+    tokens_first = _tokens_first(tensors[0])
+    if ctx.reduction != "none":
+        per_pair = grad if counts is None else grad / counts
+        heads = [query.shape[1] for query in query_s]
+        grad = torch.cat([x.expand(n) for x, n in zip(per_pair.unbind(), heads, strict=True)])
+        grad = grad[None, :, None].expand_as(rows)
+    gradients: list[Tensor | None] = [None] * (4 * ctx.pairs)
+    student, teacher = slice(0, 2 * ctx.pairs), slice(2 * ctx.pairs, None)
+    needs = ctx.needs_input_grad[-4 * ctx.pairs :]
+    backward = _BACKWARD[ctx.backend]
+    if any(needs[student]):
+        flat = backward(
+            grad, rows, inner, lse_s, lse_t, query_s, key_s, query_t, key_t, *masks,
+            scale_s, scale_t, *ctx.options, ctx.direction, tokens_first,
+        )  # fmt: skip
+        pieces = zip(flat, (query_s, key_s), strict=True)
+        gradients[student] = [x for side, like in pieces for x in _cut(side, like, tokens_first)]
+    if any(needs[teacher]):
+        # The other side's gradient is the student's with the roles exchanged.
+        inner_t = 2 * rows - inner if ctx.direction == "js" else inner
+        flat = backward(
+            grad, rows, inner_t, lse_t, lse_s, query_t, key_t, query_s, key_s, *masks,
+            scale_t, scale_s, *ctx.options, SWAPPED[ctx.direction], tokens_first,
+        )  # fmt: skip
+        pieces = zip(flat, (query_t, key_t), strict=True)
+        gradients[teacher] = [x for side, like in pieces for x in _cut(side, like, tokens_first)]
+    return gradients
+
+
+def _sides(tensors: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    pairs = len(tensors) // 4
+    return tuple(list(tensors[side * pairs : (side + 1) * pairs]) for side in range(4))
+
+
+def _tokens_first(query: Tensor) -> bool:
+    """Gradients lie as the queries do: projections give [B, N, H, d] seen as [B, H, N, d]."""
+    return bool(query.stride(1) < query.stride(2))
+
+
+def _cut(flat: Tensor, like: list[Tensor], tokens_first: bool) -> list[Tensor]:
+    pieces = flat.split([x.numel() for x in like])
+    if not tokens_first:
+        return [piece.view(x.shape) for piece, x in zip(pieces, like, strict=True)]
+    return [
+        piece.view(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+        for piece, x in zip(pieces, like, strict=True)
+    ]
+
+
+def _counts(lse_s: Tensor, heads: list[int]) -> Tensor:
+    """Rows that take part [P], at least 1; the same rows in every head and pair."""
+    rows = (lse_s[:, 0] != torch.inf).sum().clamp(min=1)
+    return torch.stack([rows * n for n in heads]).to(lse_s.dtype)
+
+
+def _serve(
+    backend: str,
+    *,
+    query_s: Tensor | list[Tensor],
+    key_s: Tensor | list[Tensor],
+    query_t: Tensor | list[Tensor],
+    key_t: Tensor | list[Tensor],
+    attention_mask: Tensor | None,
+    query_mask: Tensor | None,
+    causal: bool,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    scale_s: float | list[float] | None,
+    scale_t: float | list[float] | None,
+    temperature: float,
+    direction: str,
+    reduction: str,
+    relation_heads: int | None,
+    match_heads: str | None,
+    teacher_grad: bool,
+) -> Tensor | list[Tensor]:
+    paired = isinstance(query_s, list)
+    sides = [x if isinstance(x, list) else [x] for x in (query_s, key_s, query_t, key_t)]
+    packed = cu_seqlens is not None
+    if packed:  # [total, H, d]: one batch element whose sequences do not see each other
+        sides = [[x.transpose(0, 1).unsqueeze(0) for x in side] for side in sides]
+        query_mask = None if query_mask is None else query_mask.unsqueeze(0)
+    elif query_mask is None and sides[0][0].shape[2] == sides[1][0].shape[2]:
+        query_mask = attention_mask
+    if relation_heads is not None:
+        heads = [[x.shape[1] for x in side] for side in (sides[0], sides[2]) for _ in range(2)]
+        sides = [
+            [_relation_heads(x, h, relation_heads) for x, h in zip(side, many, strict=True)]
+            for side, many in zip(sides, heads, strict=True)
+        ]
+    if not teacher_grad:
+        sides[2:] = [[x.detach() for x in side] for side in sides[2:]]
+    tensors = [x if x.stride(-1) == 1 else x.contiguous() for side in sides for x in side]
+
+    def scales(scale: float | list[float] | None, queries: list[Tensor]) -> list[float]:
+        each = scale if isinstance(scale, list) else [scale] * len(queries)
+        return [
+            (query.shape[-1] ** -0.5 if factor is None else factor) / temperature
+            for factor, query in zip(each, queries, strict=True)
+        ]
+
+    limit = FUSED_KEYS[backend]
+    fused = (
+        reduction != "none"
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for side in sides[:2] for x in side)
+        and not any(x.requires_grad for side in sides[2:] for x in side)
+        and (limit is None or (sides[1][0].shape[2] <= limit and not packed))
+    )
+    result: Tensor = _AttentionKL.apply(
+        backend, fused, reduction, scales(scale_s, sides[0]), scales(scale_t, sides[2]),
+        causal, window, match_heads == "mean", direction,
+        attention_mask, query_mask, cu_seqlens, *tensors,
+    )  # fmt: skip
+    if reduction != "none":
+        return result if paired else result[0]
+    rows = [result] if len(sides[0]) == 1 else result.split([x.shape[1] for x in sides[0]], 1)
+    rows = [x.squeeze(0) if packed else x for x in rows]
+    return rows if paired else rows[0]
+
+
+def _relation_heads(x: Tensor, heads: int, relation_heads: int) -> Tensor:
+    """MiniLMv2: concatenate the heads, cut into relation heads."""
+    if x.shape[1] != heads:
+        x = x.repeat_interleave(heads // x.shape[1], dim=1)
+    return x.transpose(1, 2).flatten(2).unflatten(2, (relation_heads, -1)).transpose(1, 2)
+
+
+def _kernel(backend: str) -> dispatch.Kernel:
+    def load() -> Callable[..., Any]:
+        names = [f"attention_kl_{name}" for name in ("forward", "backward", "fused")]
+        library.load(backend, "attention_kl", names)
+        return functools.partial(_serve, backend)
+
+    return dispatch.Kernel(load, functools.partial(_refuses, backend))
+
+
+def _refuses(backend: str, **arguments: Any) -> str | None:
+    query = arguments["query_s"]
+    query = query[0] if isinstance(query, list) else query
+    reason = library.refuses(backend, query)
+    if reason is None and arguments["match_heads"] == "mean" and arguments["teacher_grad"]:
+        return "match_heads='mean' with teacher_grad=True is left to the reference"
+    return reason
+
+
+for _backend in library.KERNEL_BACKENDS:
+    dispatch.KERNELS["attention_kl", _backend] = _kernel(_backend)

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from kdfast.ops import dispatch
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -14,3 +16,12 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend_on_cpu(request, monkeypatch):
+    """What `auto` picks on the CPU; the same tests hold for both."""
+    if request.param == "reference":
+        monkeypatch.setitem(dispatch.AUTO, "cpu", ("reference",))
+    elif reason := dispatch.explain("attention_kl")[1].reason:
+        pytest.skip(reason)

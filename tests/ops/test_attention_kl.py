@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from kdfast.ops import attention_kl
 
+pytestmark = pytest.mark.usefixtures("backend_on_cpu")
+
 DIRECTIONS = ("forward", "reverse", "js")
 
 

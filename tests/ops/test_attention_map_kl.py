@@ -7,6 +7,8 @@ import torch.nn.functional as F
 
 from kdfast.ops import attention_kl, attention_map_kl
 
+pytestmark = pytest.mark.usefixtures("backend_on_cpu")
+
 DIRECTIONS = ("forward", "reverse", "js")
 directions = pytest.mark.parametrize("direction", DIRECTIONS)
 kinds = pytest.mark.parametrize("inputs", ["probabilities", "scores"])
