@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = ("attention_kl", "attention_map_kl", "cka", "layer_projection")
+WITH_KERNELS = ("attention_kl", "attention_map_kl")
+MAPPED = ("kernels", "benchmarks")  # top-level folders that are installed inside kdfast
 
 # What each room may import of kdfast, besides itself and the two bottom rooms.
 BOTTOM = {"errors", "captured"}
@@ -19,18 +21,20 @@ for room, below in (
     ("students", set()),
     ("recipes", {"losses", "students"}),
     ("distill", {"recipes"}),
-    ("cli", {"distill"}),
+    ("benchmarks", {"ops"}),
+    ("doctor", {"ops"}),
+    ("cli", {"distill", "benchmarks", "doctor"}),
 ):
     MAY_IMPORT[room] = below.union(*(MAY_IMPORT[b] for b in below))
 MAY_IMPORT["__main__"] = {"cli"}
 
 
 def sources() -> list[tuple[str, Path, tuple[str, ...]]]:
-    """(room, file, the package it lies in) of every module in kdfast and kernels."""
+    """(room, file, the package it lies in) of every module of the package."""
     found = []
-    for file in [*(ROOT / "kdfast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+    for file in (x for top in ("kdfast", *MAPPED) for x in (ROOT / top).rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
-        if parts[0] == "kernels":
+        if parts[0] in MAPPED:
             parts = ("kdfast", *parts)
         if parts != ("kdfast", "__init__"):  # the front door may open on any room
             found.append((parts[1], file, parts[:-1]))
@@ -95,6 +99,14 @@ def test_kernels_folder_is_never_imported_by_its_bare_name() -> None:
 @pytest.mark.parametrize("room", ["ops", "reference"])
 def test_operator_has_its_file_in_each_room(operator: str, room: str) -> None:
     assert (ROOT / "kdfast" / room / f"{operator}.py").is_file()
+
+
+@pytest.mark.parametrize("operator", WITH_KERNELS)
+@pytest.mark.parametrize(
+    "file", ["kernels/{}.py", "csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "benchmarks/{}.py"]
+)
+def test_operator_with_kernels_has_its_file_in_each_room(operator: str, file: str) -> None:
+    assert (ROOT / file.format(operator)).is_file()
 
 
 def test_import_is_quick_and_needs_only_torch() -> None:

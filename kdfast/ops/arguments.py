@@ -32,7 +32,8 @@ def positive(operator: str, name: str, value: Any) -> float:
 def finite(operator: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{operator}: {name} is a {type(value).__name__}, should be a number")
-    if not math.isfinite(value):
+    number: Any = value
+    if not -math.inf < number < math.inf:  # math.isfinite takes no symbolic number
         raise ValueError(f"{operator}: {name} is {value!r}, should be finite")
     return float(value)
 

@@ -583,6 +583,9 @@ def _serve(
             for factor, query in zip(each, queries, strict=True)
         ]
 
+    masks = [attention_mask, query_mask, cu_seqlens]
+    if torch.compiler.is_compiling():  # refuses one tensor in two places
+        masks, tensors = _distinct(masks), _distinct(tensors)
     limit = FUSED_KEYS[backend]
     fused = (
         reduction != "none"
@@ -594,13 +597,20 @@ def _serve(
     result: Tensor = _AttentionKL.apply(
         backend, fused, reduction, scales(scale_s, sides[0]), scales(scale_t, sides[2]),
         causal, window, match_heads == "mean", direction,
-        attention_mask, query_mask, cu_seqlens, *tensors,
+        *masks, *tensors,
     )  # fmt: skip
     if reduction != "none":
         return result if paired else result[0]
     rows = [result] if len(sides[0]) == 1 else result.split([x.shape[1] for x in sides[0]], 1)
     rows = [x.squeeze(0) if packed else x for x in rows]
     return rows if paired else rows[0]
+
+
+def _distinct(tensors: list[Any]) -> list[Any]:
+    return [
+        x if x is None or not any(x is y for y in tensors[:i]) else x.view_as(x)
+        for i, x in enumerate(tensors)
+    ]
 
 
 def _relation_heads(x: Tensor, heads: int, relation_heads: int) -> Tensor:
