@@ -26,16 +26,26 @@ def python(*arguments: str, path: list[Path], cwd: Path) -> str:
     return done.stdout
 
 
+def copy_of_sources(folder: Path) -> Path:
+    """A copy: setuptools would put whatever an earlier build left in ./build into the wheel."""
+    source = folder / "tree"
+    built = ("runs", "build", "dist", "*.egg-info", "__pycache__", "*.so")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", *built))
+    return source
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("pip") is None:
         pytest.skip("pip is not installed here")
-    # A copy: setuptools would put whatever an earlier build left in ./build into the wheel.
-    source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignore)
+    source = copy_of_sources(tmp_path_factory.mktemp("source"))
+    out = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
-    subprocess.run([*build, "--wheel-dir", out, source], check=True, capture_output=True)
+    # The CUDA library takes minutes; tests/csrc compiles its sources.
+    environment = os.environ | {"KDFAST_BUILD": "cpu"}
+    subprocess.run(
+        [*build, "--wheel-dir", out, source], check=True, capture_output=True, env=environment
+    )
     (built,) = out.glob("kdfast-*.whl")
     return built
 
@@ -63,6 +73,61 @@ def test_wheel_holds_every_module_and_configuration(unpacked: Path) -> None:
     modules |= {Path("kernels") / file for file in files(ROOT / "kernels", "*.py")}
     modules |= {Path("benchmarks") / file for file in files(ROOT / "benchmarks", "*.py")}
     assert modules == files(unpacked / "kdfast", "*.py")
+
+
+def test_one_wheel_serves_every_python(wheel: Path, unpacked: Path) -> None:
+    assert "-cp310-abi3-" in wheel.name
+    library = (unpacked / "kdfast" / "_cpu.abi3.so").read_bytes()
+    assert b"PyObject" not in library and b"Py_" not in library
+
+
+def test_compiled_library_of_the_wheel_serves_calls(unpacked: Path, tmp_path: Path) -> None:
+    code = (
+        "import torch, kdfast\n"
+        "x = torch.rand(1, 2, 5, 4)\n"
+        "print(kdfast.__file__, kdfast.attention_kl(x, x, x, x, backend='cpp').item())"
+    )
+    file, loss = python("-c", code, path=[unpacked], cwd=tmp_path).split()
+    assert Path(file).is_relative_to(unpacked)
+    assert float(loss) == 0
+
+
+@pytest.mark.parametrize("trouble", ["no compiler", "source that does not compile", "no torch"])
+def test_failed_compilation_does_not_break_the_build(trouble: str, tmp_path: Path) -> None:
+    source = copy_of_sources(tmp_path)
+    environment = os.environ | {"KDFAST_BUILD": "cpu"}
+    if trouble == "no compiler":
+        environment["CXX"] = str(tmp_path / "no-such-compiler")
+    elif trouble == "source that does not compile":
+        for file in (source / "csrc" / "cpu").iterdir():
+            file.write_text("#error broken\n")
+    else:
+        (source / "torch.py").write_text("raise ImportError('no torch here')\n")
+        environment["PYTHONPATH"] = str(source)
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(build, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'building extension "kdfast._cpu" failed' in done.stdout + done.stderr
+    assert not list((source / "kdfast").glob("*.so"))
+
+
+def test_architectures_for_cuda_are_read_as_pytorch_reads_them(tmp_path: Path) -> None:
+    code = (
+        "import os, runpy, setuptools\n"
+        "setuptools.setup = lambda **options: None\n"
+        f"gencode = runpy.run_path({str(ROOT / 'setup.py')!r})['gencode']\n"
+        "for listed in ('8.0;9.0a+PTX', '12.0 10.0f', 'sm_90'):\n"
+        "    os.environ['TORCH_CUDA_ARCH_LIST'] = listed\n"
+        "    try:\n"
+        "        print(*gencode()[1::2])\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    assert python("-c", code, path=[], cwd=tmp_path).splitlines() == [
+        "arch=compute_80,code=sm_80 arch=compute_90a,code=sm_90a arch=compute_90a,code=compute_90a",
+        "arch=compute_120,code=sm_120 arch=compute_100f,code=sm_100f",
+        "TORCH_CUDA_ARCH_LIST has 'sm_90'; should be like '8.0', '9.0a' or '8.0+PTX'",
+    ]
 
 
 def test_every_import_is_a_declared_dependency(unpacked: Path) -> None:
