@@ -421,12 +421,12 @@ class _AttentionKL(torch.autograd.Function):
             # Beside the saved tensors, so that backward may scale the gradients where they lie.
             compiling = torch.compiler.is_compiling()
             ctx.made = None if compiling else gradients
-            ctx.save_for_backward(*masks, *tensors, *(gradients if compiling else ()))
+            ctx.save_for_backward(*masks, *_kept(ctx, tensors), *(gradients if compiling else ()))
             return losses
         rows, inner, lse_s, lse_t = _FORWARD[backend](*inputs)
         heads = [query.shape[1] for query in sides[0]]
         counts = _counts(lse_s, heads) if reduction == "mean" else None
-        ctx.save_for_backward(*masks, *tensors, rows, inner, lse_s, lse_t, counts)
+        ctx.save_for_backward(*masks, *_kept(ctx, tensors), rows, inner, lse_s, lse_t, counts)
         if reduction == "none":
             return rows
         losses = torch.stack([part.sum() for part in rows.split(heads, 1)])
@@ -434,8 +434,10 @@ class _AttentionKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        masks, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3 : 3 + 4 * ctx.pairs]
-        saved = ctx.saved_tensors[3 + 4 * ctx.pairs :]
+        masks, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3 + 4 * ctx.pairs :]
+        tensors = ctx.saved_tensors[3 : 3 + 4 * ctx.pairs]
+        if ctx.inference:
+            tensors = tuple(ctx.inference.get(i, x) for i, x in enumerate(tensors))
         with torch.no_grad():
             if ctx.fused:
                 gradients = _scaled(ctx, grad, masks, tensors, saved)
@@ -444,6 +446,15 @@ class _AttentionKL(torch.autograd.Function):
         wanted = ctx.needs_input_grad[-4 * ctx.pairs :]
         gradients = [x if wants else None for x, wants in zip(gradients, wanted, strict=True)]
         return (None,) * 12 + tuple(dispatch.first_derivatives("attention_kl", gradients, tensors))
+
+
+def _kept(ctx: Any, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """The tensors to save; a teacher's made in inference mode cannot be, and are kept beside."""
+    if torch.compiler.is_compiling():
+        ctx.inference = {}
+        return list(tensors)
+    ctx.inference = {i: x for i, x in enumerate(tensors) if x.is_inference()}
+    return [None if i in ctx.inference else x for i, x in enumerate(tensors)]
 
 
 def _scaled(

@@ -227,7 +227,7 @@ def test_sequences_give_the_vector_of_the_pairs_losses():
     pairs = [four(h=2, d=4), four(h=3, d=6, d_t=2)]
     losses = attention_kl(*map(list, zip(*pairs, strict=True)), attention_mask=MASK)
     expected = [attention_kl(*pair, attention_mask=MASK) for pair in pairs]
-    assert torch.equal(losses, torch.stack(expected))
+    torch.testing.assert_close(losses, torch.stack(expected))
 
 
 def test_sequences_unreduced_give_a_list_of_rows():
@@ -378,18 +378,26 @@ def near_equal(n, dtype, offset):
     return [x.to(dtype) for x in (query_t + 1e-2 * query_s, key_t, query_t, key_t)]
 
 
-def errors_and_bounds(function, inputs, direction):
-    """Against float32 arithmetic: a loss may lose nothing to half inputs, a gradient its dtype."""
-    dtype = inputs[0].dtype
-    exact = loss_and_gradients(eager, [x.double() for x in inputs], direction=direction)
-    theirs = loss_and_gradients(eager, [x.float() for x in inputs], direction=direction)
-    ours = loss_and_gradients(function, inputs, direction=direction)
+def errors_and_bounds(function, n, dtype, offset, direction):
+    """Against float32 arithmetic: a loss may lose nothing to half inputs, a gradient its dtype.
+
+    Root mean squares over draws: the error of a single sum is luck.
+    """
+    errors, bounds = [], []
+    for seed in range(32 if n < 100 else 8):
+        torch.manual_seed(seed)
+        inputs = near_equal(n, dtype, offset)
+        exact = loss_and_gradients(eager, [x.double() for x in inputs], direction=direction)
+        theirs = loss_and_gradients(eager, [x.float() for x in inputs], direction=direction)
+        ours = loss_and_gradients(function, inputs, direction=direction)
+        errors.append([(x - y).abs().max() for x, y in zip(ours, exact, strict=True)])
+        bounds.append([(x - y).abs().max() for x, y in zip(theirs, exact, strict=True)])
+    errors, bounds = (torch.tensor(x).square().mean(0).sqrt() for x in (errors, bounds))
     info = torch.finfo(dtype)
     of_gradients = (info.eps, info.smallest_normal * info.eps)  # the latter is its last digit
     floors = [(16 * torch.finfo(torch.float32).eps, 0.0), of_gradients, of_gradients]
-    for truth, mine, its, (relative, least) in zip(exact, ours, theirs, floors, strict=True):
-        bound = 2 * (its - truth).abs().max() + relative * truth.abs().max() + least
-        yield (mine - truth).abs().max(), bound
+    for error, its, truth, (relative, least) in zip(errors, bounds, exact, floors, strict=True):
+        yield error, 2 * its + relative * truth.abs().max() + least
 
 
 @directions
@@ -399,7 +407,7 @@ def errors_and_bounds(function, inputs, direction):
 def test_error_on_near_equal_maps_is_at_most_twice_that_of_float32_eager(
     n, dtype, direction, offset
 ):
-    for error, bound in errors_and_bounds(attention_kl, near_equal(n, dtype, offset), direction):
+    for error, bound in errors_and_bounds(attention_kl, n, dtype, offset, direction):
         assert error <= bound
 
 
@@ -418,7 +426,7 @@ def nothing(query_s, key_s, query_t, key_t, direction):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("wrong", [unshifted, nothing])
 def test_bound_on_near_equal_maps_tells_a_wrong_loss(wrong, dtype):
-    error, bound = next(errors_and_bounds(wrong, near_equal(129, dtype, 20), "forward"))
+    error, bound = next(errors_and_bounds(wrong, 129, dtype, 20, "forward"))
     assert error > bound
 
 
