@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -14,8 +16,10 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fresh_start():
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # a test's compiled graphs would count for the next
+        torch.compiler.reset()
 
 
 @pytest.fixture(params=["reference", "cpp"])
