@@ -7,15 +7,18 @@ PYTHON ?= python3
 ARGS ?=
 
 ifdef VENV
+python := $(or $(wildcard $(abspath $(VENV))/bin/python),$(PYTHON))
 run := $(VENV)/bin/
 runtime := $(VENV)/.installed
 test := $(VENV)/.installed-test
 lint := $(VENV)/.installed-lint
 else
+python := $(PYTHON)
 run := $(PYTHON) -m #
 endif
+now := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help distill test test-all lint clean
+.PHONY: help distill test test-all bench gpu lint clean
 .NOTPARALLEL:  # two pips in one environment break each other
 
 help:  ## this list
@@ -29,6 +32,22 @@ test: $(test)  ## the tests, without the exhaustive matrix and the GPU tests
 
 test-all: $(test)  ## every test; those that need a GPU run where there is one
 	$(run)pytest -m "" $(ARGS)
+
+bench: $(runtime)  ## the benchmarks' CPU set, about ten minutes: JSON, tables and plots in runs/bench
+	$(run)kdfast bench --device cpu --json runs/bench/cpu-$(now)/results.json \
+		--report runs/bench/cpu-$(now) $(ARGS)
+
+# Installs nothing and needs no network: torch, triton and pytest are all that PYTHON must have. What
+# an installation would hold is built into build/gpu, where kernels and benchmarks lie in kdfast as
+# they should. The benchmarks run also when a test failed; either fails the target.
+gpu:  ## on a CUDA machine: build, run the GPU tests, measure the benchmarks' CUDA set
+	@$(python) -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no CUDA device here'"
+	rm -rf build/gpu
+	$(python) setup.py --quiet build --build-lib build/gpu
+	cd build/gpu && export PYTHONPATH=$(CURDIR)/build/gpu && \
+	{ $(python) -m pytest -c $(CURDIR)/pyproject.toml -m gpu $(CURDIR)/tests; tested=$$?; \
+	$(python) -m kdfast bench --device cuda --json $(CURDIR)/runs/bench/cuda-$(now)/results.json \
+		--report $(CURDIR)/runs/bench/cuda-$(now) $(ARGS) && exit $$tested; }
 
 lint: $(lint)  ## ruff (rules and format) and mypy
 	$(run)ruff check .

@@ -1,4 +1,4 @@
-"""The command line: kdfast distill | finetune | evaluate."""
+"""The command line: kdfast distill | finetune | evaluate | bench | doctor."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 with one line on standard error for bad input."""
+    """Returns the exit status: 0, or 2 with one line on standard error for bad input; 1 where
+    `bench` or `doctor --check` found a wrong output."""
     parser = argparse.ArgumentParser(
         prog="kdfast", description="Distil transformers from their internal representations."
     )
@@ -32,6 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub = command("evaluate", "score a saved classifier, alone or against its teacher")
     sub.add_argument("model", help="a folder that save_pretrained wrote, or a hub name")
     sub.add_argument("override", nargs="*", metavar="key=value", help=keys)
+    sub = command(
+        "bench", "measure operators side by side with eager, torch.compile and stock ones"
+    )
+    sub.add_argument("operator", nargs="*", help="operators to measure (default: all)")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the results")
+    sub.add_argument("--report", type=Path, metavar="DIR", help="write report.md and plots")
+    sub.add_argument(
+        "--from", type=Path, metavar="FILE", dest="source",
+        help="measure nothing: show and report the results of an earlier --json",
+    )  # fmt: skip
+    sub.add_argument("--only", metavar="TEXT", default="", help="rows whose name holds TEXT")
+    sub.add_argument(
+        "--quick", action="store_true", help="tiny rows without torch.compile: seconds"
+    )
+    sub.add_argument("--seconds", type=float, help="time for the rounds of each row")
+    sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    sub.add_argument("--force", action="store_true", help="overwrite files that exist")
+    sub = command("doctor", "what is installed, and which backend serves each operator and why")
+    sub.add_argument("--check", action="store_true", help="run every available backend and compare")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     options = parser.parse_args(arguments)
     if options.version:
@@ -67,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from kdfast.errors import InputError
 
+    if options.command == "doctor":
+        return _doctor(options)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(
             "the command line runs in one process: to train on several, use DistillationTrainer in "
@@ -74,6 +99,8 @@ def _run(options: argparse.Namespace) -> int:
         )
     # One GPU of several, before torch looks: otherwise the Trainer would run them as threads.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if options.command == "bench":
+        return _bench(options)
     # Imported here: `kdfast --help` answers at once.
     from transformers.utils import logging
 
@@ -102,6 +129,99 @@ def _run(options: argparse.Namespace) -> int:
             configuration.read_config(configuration.EvaluateConfig, None, options.override),
         )
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import json
+
+    from kdfast import doctor
+
+    found = doctor.report()
+    if not options.json:
+        print(doctor.text(found))
+    failed = False
+    if options.check:
+        checks = []
+        if not options.json:
+            print()
+        for check in doctor.check():
+            failed |= not check.passed
+            checks.append(check._asdict())
+            if not options.json:
+                print(check, flush=True)
+        found["checks"] = checks
+    if options.json:
+        print(json.dumps(found, indent=1))
+    return int(failed)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    from kdfast.errors import InputError, nearest
+
+    try:
+        from kdfast.benchmarks import harness, report
+    except ModuleNotFoundError as error:
+        if error.name != "kdfast.benchmarks":
+            raise
+        raise InputError(
+            "kdfast.benchmarks is not there: this kdfast is a checkout that is not installed; "
+            "pip install --no-build-isolation --editable . (`make bench` does)"
+        ) from error
+
+    for name in options.operator:
+        if name not in harness.OPERATORS:
+            known = ", ".join(harness.OPERATORS)
+            raise InputError(
+                f"operator {name!r} has no benchmark{nearest(name, harness.OPERATORS)}; those that "
+                f"have: {known}"
+            )
+    operators = options.operator or list(harness.OPERATORS)
+    if options.source and options.json:
+        raise InputError("--from measures nothing: --json has nothing to write, leave it out")
+    # Before measuring, which takes minutes.
+    if options.json and options.json.is_dir():
+        raise InputError(f"--json {options.json} is a folder, should be a file")
+    for file in [
+        *([options.json] if options.json else []),
+        *(report.files_of(options.report, operators) if options.report else []),
+    ]:
+        if file.exists() and not options.force:
+            raise InputError(f"{file} exists; give another name, or --force to overwrite it")
+
+    if options.source:
+        results = report.read_json(options.source)
+        results["rows"] = [row for row in results["rows"] if row["operator"] in operators]
+    else:
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError(
+                "--device cuda: PyTorch sees no GPU here; --device cpu measures the CPU"
+            )
+        for name in ("threads", "seconds"):
+            value = getattr(options, name)
+            if value is not None and value <= 0:
+                raise InputError(f"--{name} is {value}, should be above 0")
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        for folder in filter(None, (options.json and options.json.parent, options.report)):
+            folder.mkdir(parents=True, exist_ok=True)
+        results = harness.run(
+            operators,
+            torch.device(device),
+            which="quick" if options.quick else None,
+            only=options.only,
+            seconds=options.seconds,
+            write=lambda state: harness.write_json(options.json, state) if options.json else None,
+        )
+    if options.report:
+        report.write_report(options.report, results)
+    print(report.markdown(results))
+    wrong = harness.wrong_rows(results)
+    for row in wrong:
+        print(f"kdfast: wrong: {row}", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
