@@ -64,7 +64,9 @@ clean:  ## remove build outputs and caches; the environment and runs/ stay
 pip := $(VENV)/bin/pip --disable-pip-version-check install --no-warn-conflicts -c constraints.txt
 project := $(pip) --no-build-isolation --editable
 
-$(runtime): pyproject.toml setup.py constraints.txt requirements-demo.txt
+sources := $(wildcard csrc/*.h csrc/*/*)
+
+$(runtime): pyproject.toml setup.py constraints.txt requirements-demo.txt $(sources)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(pip) torch "setuptools>=77" wheel ninja
 	$(pip) --no-deps --requirement requirements-demo.txt
