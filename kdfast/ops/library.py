@@ -69,7 +69,7 @@ def refuses(backend: str, x: torch.Tensor) -> str | None:
         return None if x.device.type == "cpu" else f"inputs are on {x.device}, not on the CPU"
     if x.dtype == torch.float64:
         return "float64 is served by the reference and cpp"
-    if x.device.type == "cuda" or (backend == "triton" and interpreting()):
+    if x.device.type == ("cpu" if backend == "triton" and interpreting() else "cuda"):
         return None
     return f"inputs are on {x.device}, not on a GPU"
 
