@@ -646,7 +646,52 @@ def _refuses(backend: str, **arguments: Any) -> str | None:
     reason = library.refuses(backend, query)
     if reason is None and arguments["match_heads"] == "mean" and arguments["teacher_grad"]:
         return "match_heads='mean' with teacher_grad=True is left to the reference"
-    return reason
+    return _refused_by_hopper(**arguments) if reason is None and backend == "cuda" else reason
+
+
+def _refused_by_hopper(
+    *,
+    query_s: Tensor | list[Tensor],
+    key_s: Tensor | list[Tensor],
+    query_t: Tensor | list[Tensor],
+    key_t: Tensor | list[Tensor],
+    cu_seqlens: Tensor | None,
+    scale_s: float | list[float] | None,
+    scale_t: float | list[float] | None,
+    temperature: float,
+    direction: str,
+    relation_heads: int | None,
+    match_heads: str | None,
+    **others: Any,
+) -> str | None:
+    """What the tensor-core kernels of csrc/cuda do not serve."""
+    tensors = [
+        x
+        for side in (query_s, key_s, query_t, key_t)
+        for x in (side if isinstance(side, list) else [side])
+    ]
+    first = tensors[0]
+    if first.dtype not in (torch.bfloat16, torch.float16):
+        return f"{first.dtype} is not bfloat16 or float16"
+    if torch.cuda.get_device_capability(first.device) != (9, 0):
+        return "the GPU is not of compute capability 9.0 (Hopper)"
+    if direction == "js" or cu_seqlens is not None or match_heads is not None:
+        return "direction='js', cu_seqlens and match_heads are left to triton"
+    for x in tensors:
+        width = (
+            x.shape[-1] if relation_heads is None else x.shape[1] * x.shape[-1] // relation_heads
+        )
+        if width % 8 or width > 128:
+            return f"a head of width {width} is not a multiple of 8 up to 128"
+        if relation_heads is None and (
+            x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1])
+        ):
+            return f"rows of strides {list(x.stride())} are not aligned to 16 bytes"
+    for scales in (scale_s, scale_t):
+        for scale in scales if isinstance(scales, list) else [scales]:
+            if scale is not None and not 1e-6 <= scale / temperature <= 1e6:
+                return f"scale / temperature = {scale / temperature:g} is outside 1e-6 ... 1e6"
+    return None
 
 
 for _backend in library.KERNEL_BACKENDS:

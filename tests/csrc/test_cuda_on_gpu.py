@@ -1,0 +1,319 @@
+"""backend="cuda" on a GPU, against the reference in float64 and eager's error in the same dtype."""
+
+import math
+
+import pytest
+import torch
+
+from kdfast.ops import attention_kl, attention_map_kl, dispatch
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.bfloat16, torch.float16)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+directions = pytest.mark.parametrize("direction", ["forward", "reverse"])
+
+
+@pytest.fixture(autouse=True)
+def library(request):
+    """Tests of an operator are skipped, saying why, where its library or GPU is missing."""
+    operator = "attention_map_kl" if "map" in request.node.name else "attention_kl"
+    reason = next(x.reason for x in dispatch.explain(operator) if x.backend == "cuda")
+    if not reason and operator == "attention_kl" and torch.cuda.get_device_capability() != (9, 0):
+        reason = "attention_kl needs compute capability 9.0"
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def memory_filled_with_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def four(b=2, h=2, n=70, nk=None, d=64, d_t=None, h_kv=None, h_kv_t=None, dtype=torch.bfloat16):
+    nk, d_t = nk or n, d_t or d
+    shapes = [(b, h, n, d), (b, h_kv or h, nk, d), (b, h, n, d_t), (b, h_kv_t or h, nk, d_t)]
+    return [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+
+
+def gradients(inputs, backend, upstream=None, **options):
+    """Rows or loss, and the students' gradients, in float64."""
+    inputs = [x.detach().clone().requires_grad_(i < 2) for i, x in enumerate(inputs)]
+    out = attention_kl(*inputs, backend=backend, **options)
+    out.backward(torch.ones_like(out) if upstream is None else upstream.to(out.dtype))
+    return [x.detach().double() for x in (out, inputs[0].grad, inputs[1].grad)]
+
+
+def close(inputs, *, of_eager=2.0, **options):
+    """Errors at most twice those of float32 arithmetic, plus the last digit of what is rounded."""
+    wide = [x.double() for x in inputs]
+    exact = gradients(wide, "reference", **options)
+    ours = gradients(inputs, "cuda", **options)
+    in_single = gradients([x.float() for x in inputs], "reference", **options)
+    info = torch.finfo(inputs[0].dtype)
+    for i, (truth, mine, its) in enumerate(zip(exact, ours, in_single, strict=True)):
+        scale = truth.abs().max()
+        floor = 2e-5 * scale + 1e-6
+        if i > 0:  # dS is rounded before its product, and the gradient after
+            floor = 2 * info.eps * scale + info.smallest_normal * info.eps
+        error = (mine - truth).abs().max()
+        assert error <= of_eager * (its - truth).abs().max() + floor, (i, error, scale)
+
+
+CASES = {
+    "plain": ({}, {}),
+    "one token": ({"n": 1}, {}),
+    "three tokens": ({"n": 3}, {}),
+    "127": ({"n": 127}, {}),
+    "128": ({"n": 128}, {}),
+    "129": ({"n": 129}, {}),
+    "513": ({"b": 1, "n": 513}, {}),
+    "fewer keys": ({"n": 200, "nk": 70}, {}),
+    "more keys": ({"n": 70, "nk": 333}, {}),
+    "width 128": ({"d": 128}, {}),
+    "widths differ": ({"d": 64, "d_t": 128}, {}),
+    "narrow": ({"d": 32, "d_t": 80}, {}),
+    "grouped heads": ({"h": 4, "h_kv": 2, "h_kv_t": 1, "n": 150}, {}),
+    "causal": ({"n": 300}, {"causal": True}),
+    "causal, more keys": ({"n": 70, "nk": 200}, {"causal": True}),
+    "causal, fewer keys": ({"n": 200, "nk": 70}, {"causal": True}),
+    "window": ({"n": 400}, {"window": 40}),
+    "causal window": ({"n": 400}, {"window": 5, "causal": True}),
+    "scales": ({}, {"scale_s": 0.3, "scale_t": 0.05, "temperature": 2.0}),
+}
+
+
+@dtypes
+@directions
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_and_gradients_equal_the_reference(case, masked, direction, dtype):
+    shapes, options = CASES[case]
+    inputs = four(**shapes, dtype=dtype)
+    options = dict(options, direction=direction, reduction="none")
+    if masked:
+        b, n, nk = inputs[0].shape[0], inputs[0].shape[2], inputs[1].shape[2]
+        options["attention_mask"] = torch.rand(b, nk, device="cuda") < 0.7
+        options["query_mask"] = torch.rand(b, n, device="cuda") < 0.7
+    upstream = torch.randn(inputs[0].shape[:3], device="cuda")
+    close(inputs, upstream=upstream, **options)
+
+
+@dtypes
+@directions
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("n", [128, 300])  # made in forward, and afterwards
+def test_scalar_losses_equal_the_reference(n, reduction, direction, dtype):
+    mask = torch.ones(2, n, device="cuda")
+    mask[0, n // 2 :] = 0
+    close(four(n=n, dtype=dtype), attention_mask=mask, reduction=reduction, direction=direction)
+
+
+@dtypes
+def test_pairs_of_different_widths_and_heads_equal_their_own_calls(dtype):
+    shapes = [{"h": 2}, {"h": 4, "h_kv": 2}, {"h": 1, "d": 128}, {"h": 2}] * 6  # over two tables
+    pairs = [four(**shape, dtype=dtype) for shape in shapes]
+    together = attention_kl(*map(list, zip(*pairs, strict=True)), backend="cuda")
+    apart = torch.stack([attention_kl(*pair, backend="cuda") for pair in pairs])
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=0.0)
+
+
+@dtypes
+@directions
+@pytest.mark.parametrize("n", [100, 300])
+def test_student_equal_to_teacher_has_exactly_no_loss_and_no_gradient(n, direction, dtype):
+    query, key = four(n=n, dtype=dtype)[:2]
+    mask = torch.rand(2, n, device="cuda") < 0.8
+    made = gradients([query, key, query, key], "cuda", attention_mask=mask, direction=direction)
+    assert all(torch.count_nonzero(x) == 0 for x in made)
+
+
+@dtypes
+@directions
+@pytest.mark.parametrize("filling", [math.nan, math.inf])
+def test_what_padding_holds_reaches_nothing(filling, direction, dtype):
+    inputs = four(n=150, dtype=dtype)
+    mask = torch.rand(2, 150, device="cuda") < 0.7
+    mask[1, 100:] = False
+    dirty = [x.clone() for x in inputs]
+    for x in dirty:
+        x.transpose(1, 2)[~mask] = filling
+    options = {"attention_mask": mask, "direction": direction}
+    for ours, theirs in zip(
+        gradients(dirty, "cuda", **options), gradients(inputs, "cuda", **options), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@dtypes
+def test_near_equal_maps_with_large_key_offsets_keep_their_digits(dtype):
+    query_s, _, query_t, key_t = four(b=1, n=129, dtype=torch.float32)
+    key_t = key_t + 20 * torch.randn(1, 2, 1, 64, device="cuda")
+    inputs = [x.to(dtype) for x in (query_t + 1e-2 * query_s, key_t, query_t, key_t)]
+    close(inputs, of_eager=4.0)
+
+
+@dtypes
+def test_strided_inputs_and_gradients_lie_as_they_do(dtype):
+    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in four(n=300, dtype=dtype)]
+    close(inputs)
+    query = inputs[0].detach().requires_grad_()
+    attention_kl(query, *inputs[1:], backend="cuda").backward()
+    assert query.grad.stride() == query.stride()
+
+
+@directions
+def test_gradient_is_the_same_bit_for_bit_each_time(direction):
+    inputs = four(b=4, h=8, n=700)
+    first, second = (gradients(inputs, "cuda", direction=direction) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_offsets_past_32_bits_are_served():
+    rows, width = 300, 64
+    stride = (1 << 31) // 128 // 8 * 8  # of a row: 300 rows lie over more than 2^31 elements
+    if torch.cuda.mem_get_info()[0] < 14 << 30:
+        pytest.skip("needs 14 GiB of GPU memory")
+    memory = torch.zeros(rows * stride, dtype=torch.bfloat16, device="cuda")
+    query = memory.as_strided((1, 1, rows, width), (0, 0, stride, 1))
+    small = four(b=1, h=1, n=rows)
+    query.copy_(small[0])
+    for index in (0, 1, 3):
+        inputs = list(small)
+        inputs[index] = query if index == 0 else query.copy_(small[index])
+        rows_far = attention_kl(*inputs, backend="cuda", reduction="none")
+        assert torch.equal(rows_far, attention_kl(*small, backend="cuda", reduction="none"))
+
+
+@pytest.mark.parametrize("n", [128, 300])
+def test_captured_in_a_cuda_graph(n):
+    inputs = four(n=n)
+    inputs[0].requires_grad_()
+    inputs[1].requires_grad_()
+
+    def step():
+        return torch.autograd.grad(attention_kl(*inputs, backend="cuda"), inputs[:2])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x, new in zip(inputs, four(n=n), strict=True):
+            x.copy_(new)
+    graph.replay()
+    for ours, theirs in zip(captured, step(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_is_not_served_is_refused_with_the_reason():
+    inputs = four()
+    for options in ({"direction": "js"}, {"scale_s": -1.0}):
+        with pytest.raises(RuntimeError):
+            attention_kl(*inputs, backend="cuda", **options)
+    with pytest.raises(RuntimeError):
+        attention_kl(*(x.float() for x in inputs), backend="cuda")
+    with pytest.raises(RuntimeError):
+        attention_kl(*four(d=20), backend="cuda")
+
+
+# attention_map_kl
+
+
+def maps(*shape, inputs, dtype):
+    scores = [2 * torch.randn(shape, device="cuda") for _ in range(2)]
+    return [(x if inputs == "scores" else x.softmax(-1)).to(dtype) for x in scores]
+
+
+def map_gradient(both, backend, upstream, **options):
+    map_s = both[0].detach().clone().requires_grad_()
+    rows = attention_map_kl(map_s, both[1], backend=backend, reduction="none", **options)
+    rows.backward(upstream.to(rows.dtype))
+    return [x.detach().double() for x in (rows, map_s.grad)]
+
+
+@pytest.mark.parametrize("inputs", ["probabilities", "scores"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 1), (2, 5, 17), (64, 128), (33, 33), (9, 250), (9, 512), (5, 1001), (5, 3000),
+     (3, 8192), (2, 20000)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("masked", [False, True])
+def test_map_rows_and_gradient_equal_the_reference(shape, masked, direction, inputs, dtype):
+    shape = (2, *shape) if len(shape) == 3 else (2, 2, *shape)
+    both = maps(*shape, inputs=inputs, dtype=dtype)
+    options = {"inputs": inputs, "direction": direction}
+    if masked:
+        options["attention_mask"] = torch.rand(shape[0], shape[-1], device="cuda") < 0.7
+    upstream = torch.randn(shape[:-1], device="cuda")
+    exact = map_gradient([x.double() for x in both], "reference", upstream, **options)
+    theirs = map_gradient([x.float() for x in both], "reference", upstream, **options)
+    ours = map_gradient(both, "cuda", upstream, **options)
+    eps = (4e-6, torch.finfo(dtype).eps)
+    for truth, mine, its, relative in zip(exact, ours, theirs, eps, strict=True):
+        # Infinities: of exact zeros, and of what is past the last float16.
+        same = (truth == mine) | (truth.to(dtype) == mine.to(dtype))
+        error = torch.where(same, 0.0, mine - truth).abs()
+        allowed = 2 * torch.where(same, 0.0, its - truth).abs().max()
+        assert (error <= allowed + relative * truth.abs().clamp(min=1e-2)).all()
+
+
+@pytest.mark.parametrize("inputs", ["probabilities", "scores"])
+def test_map_strides_change_nothing(inputs):
+    wide = maps(2, 3, 40, 72, inputs=inputs, dtype=torch.bfloat16)
+    options = {"inputs": inputs, "backend": "cuda", "reduction": "none"}
+    for view in (
+        lambda x: x[..., 1:65],
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, :1].expand(-1, 3, -1, -1),
+    ):  # noqa: E501
+        views = [view(x) for x in wide]
+        rows = attention_map_kl(*views, **options)
+        assert torch.equal(rows, attention_map_kl(*(x.contiguous() for x in views), **options))
+
+
+def test_map_offsets_past_32_bits_are_served():
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    rows, keys = (1 << 31) // 1024 + 5, 1024
+    map_s = torch.zeros(1, 1, rows, keys, dtype=torch.bfloat16, device="cuda")
+    map_s[..., -3:, :].normal_()
+    map_t = map_s.roll(1, dims=-1)
+    made = attention_map_kl(map_s, map_t, inputs="scores", backend="cuda", reduction="none")
+    last = attention_map_kl(
+        map_s[..., -3:, :], map_t[..., -3:, :], inputs="scores", backend="cuda", reduction="none"
+    )
+    assert torch.equal(made[..., -3:], last)
+    assert torch.count_nonzero(made[..., :-3]) == 0
+
+
+def test_map_captured_in_a_cuda_graph():
+    both = maps(2, 2, 64, 128, inputs="scores", dtype=torch.bfloat16)
+    both[0].requires_grad_()
+
+    def step():
+        return torch.autograd.grad(
+            attention_map_kl(*both, inputs="scores", backend="cuda"), both[0]
+        )
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        both[0].normal_()
+    graph.replay()
+    assert torch.equal(captured[0], step()[0])
