@@ -1,5 +1,5 @@
-// Entry points of attention_kl: arguments, outputs, and the shares that threads take. The arithmetic
-// is in attention_kl.isa.cpp, the contract in kdfast/ops/attention_kl.py.
+// Entry points of attention_kl: arguments, outputs, and the shares that threads take. The
+// arithmetic is in attention_kl.isa.cpp, the contract in kdfast/ops/attention_kl.py.
 
 #include "attention_kl.h"
 
@@ -105,7 +105,8 @@ class Visibility {
         for (int64_t j = 0; j < keys; j++) {
             seen_before[j] = kept;
             rows_that_see += change[j];
-            if (rows_that_see > 0 && valid_before[j] < valid_before[j + 1]) key[kept++] = int32_t(j);
+            const bool valid_key = valid_before[j] < valid_before[j + 1];
+            if (rows_that_see > 0 && valid_key) key[kept++] = int32_t(j);
         }
         seen_before[keys] = kept;
         for (int32_t i = 0; i < found; i++) {
@@ -195,8 +196,8 @@ struct Call {
         for (const Pair& pair : pairs) {
             groups += problem.batch * (problem.mean_heads ? 1 : pair.s.key_heads);
         }
-        // Heads are shared out whole where there are enough of them for every thread to get several;
-        // otherwise their query tiles are, and gradients of the keys summed afterwards.
+        // Heads are shared out whole where there are enough of them for every thread to get
+        // several; otherwise their query tiles are, and gradients of the keys summed afterwards.
         const int64_t parts =
             threads == 1 || groups >= 4 * threads ? 1 : (4 * threads + groups - 1) / groups;
         std::vector<Item> items;
@@ -205,12 +206,14 @@ struct Call {
             const int64_t key_heads = problem.mean_heads ? 1 : pairs[p].s.key_heads;
             const int64_t group = problem.mean_heads ? 1 : pairs[p].s.heads / key_heads;
             for (int64_t b = 0; b < problem.batch; b++) {
-                const int64_t most = std::max<int64_t>(1, group * (visibility.visible[b].rows / 32));
+                const int64_t most =
+                    std::max<int64_t>(1, group * (visibility.visible[b].rows / 32));
                 const int32_t shares = int32_t(std::min(parts, most));
                 for (int64_t head = 0; head < key_heads; head++) {
                     if (shares > 1) divided.push_back(items.size());
                     for (int32_t part = 0; part < shares; part++) {
-                        items.push_back({int32_t(p), int32_t(b), int32_t(head), part, shares, nullptr, 0});
+                        items.push_back(
+                            {int32_t(p), int32_t(b), int32_t(head), part, shares, nullptr, 0});
                     }
                 }
             }
@@ -265,8 +268,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const std::vector<double>& scale_s, const std::vector<double>& scale_t, bool causal,
     std::optional<int64_t> window, bool mean_heads, const std::string& direction) {
     Call call(query_s, key_s, query_t, key_t,
-              {attention_mask, query_mask, cu_seqlens, causal, window}, scale_s, scale_t, mean_heads,
-              direction);
+              {attention_mask, query_mask, cu_seqlens, causal, window}, scale_s, scale_t,
+              mean_heads, direction);
     Problem& problem = call.problem;
     const auto dtype = kdfast::statistics_of(query_s[0]);
     const auto rows_of = [&](int64_t heads) {
@@ -293,16 +296,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
 
 // The statistics of forward are made again rather than read: their log-sum-exp is rounded to the
 // size of the scores, which the gradient of near-equal maps would feel.
-std::tuple<Tensor, Tensor> backward(
-    const Tensor& grad_rows, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-    const Tensors& query_s, const Tensors& key_s, const Tensors& query_t, const Tensors& key_t,
-    const Mask& attention_mask, const Mask& query_mask, const Mask& cu_seqlens,
-    const std::vector<double>& scale_s, const std::vector<double>& scale_t, bool causal,
-    std::optional<int64_t> window, bool mean_heads, const std::string& direction,
-    bool tokens_first) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_rows, const Tensor&, const Tensor&,
+                                    const Tensor&, const Tensor&, const Tensors& query_s,
+                                    const Tensors& key_s, const Tensors& query_t,
+                                    const Tensors& key_t, const Mask& attention_mask,
+                                    const Mask& query_mask, const Mask& cu_seqlens,
+                                    const std::vector<double>& scale_s,
+                                    const std::vector<double>& scale_t, bool causal,
+                                    std::optional<int64_t> window, bool mean_heads,
+                                    const std::string& direction, bool tokens_first) {
     Call call(query_s, key_s, query_t, key_t,
-              {attention_mask, query_mask, cu_seqlens, causal, window}, scale_s, scale_t, mean_heads,
-              direction);
+              {attention_mask, query_mask, cu_seqlens, causal, window}, scale_s, scale_t,
+              mean_heads, direction);
     Problem& problem = call.problem;
     problem.tokens_first = tokens_first;
     problem.grad_rows = static_cast<const char*>(grad_rows.data_ptr());
@@ -312,15 +317,17 @@ std::tuple<Tensor, Tensor> backward(
     return gradients;
 }
 
-std::tuple<Tensor, Tensor, Tensor> fused(
-    const Tensors& query_s, const Tensors& key_s, const Tensors& query_t, const Tensors& key_t,
-    const Mask& attention_mask, const Mask& query_mask, const Mask& cu_seqlens,
-    const std::vector<double>& scale_s, const std::vector<double>& scale_t, bool causal,
-    std::optional<int64_t> window, bool mean_heads, const std::string& direction,
-    const std::string& reduction, bool tokens_first) {
+std::tuple<Tensor, Tensor, Tensor> fused(const Tensors& query_s, const Tensors& key_s,
+                                         const Tensors& query_t, const Tensors& key_t,
+                                         const Mask& attention_mask, const Mask& query_mask,
+                                         const Mask& cu_seqlens, const std::vector<double>& scale_s,
+                                         const std::vector<double>& scale_t, bool causal,
+                                         std::optional<int64_t> window, bool mean_heads,
+                                         const std::string& direction, const std::string& reduction,
+                                         bool tokens_first) {
     Call call(query_s, key_s, query_t, key_t,
-              {attention_mask, query_mask, cu_seqlens, causal, window}, scale_s, scale_t, mean_heads,
-              direction);
+              {attention_mask, query_mask, cu_seqlens, causal, window}, scale_s, scale_t,
+              mean_heads, direction);
     call.problem.tokens_first = tokens_first;
     const auto dtype = kdfast::statistics_of(query_s[0]);
     auto [grad_query, grad_key] = call.new_gradients(query_s[0], dtype);

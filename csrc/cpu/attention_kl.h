@@ -1,5 +1,5 @@
-// What the entry points of attention_kl tell its arithmetic. Plain data only: this header is compiled
-// for several instruction sets.
+// What the entry points of attention_kl tell its arithmetic. Plain data only: this header is
+// compiled for several instruction sets.
 
 #pragma once
 

@@ -1,8 +1,8 @@
 // KL divergence between two attentions, one tile of queries at a time.
 //
-// A tile holds the scores of up to three vectors of queries for all their keys, transposed: one row of
-// memory is one key. Sums over keys are then vertical (divergence.h), and one sweep makes gradients as
-// well, with dQ = scale dS K and dK = scale dS^T Q.
+// A tile holds the scores of up to three vectors of queries for all their keys, transposed: one row
+// of memory is one key. Sums over keys are then vertical (divergence.h), and one sweep makes
+// gradients as well, with dQ = scale dS K and dK = scale dS^T Q.
 
 #include "attention_kl.h"
 #include "divergence.h"
@@ -22,8 +22,12 @@ constexpr int rows_of(int vectors) {
     return vectors == 1 ? 12 : accumulators / vectors;
 }
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+static inline int64_t round_up(int64_t n, int64_t to) {
+    return (n + to - 1) / to * to;
+}
 
 template <class Real>
 constexpr int TILE = 3 * LANES<Real>;
@@ -121,20 +125,14 @@ static NOINLINE void tile_scores(const Real* queries, const Real* keys, int64_t 
     }
 }
 
-// c [rows][W vectors] += a x b with a(k, r) = a[k * a_k + r * a_r], b [n][W vectors]; = where `first`.
+// c [rows][W vectors] += a x b with a(k, r) = a[k * a_k + r * a_r], b [n][W vectors]; = where
+// `first`.
 template <class Real, int W>
 static NOINLINE void product(const Real* a, int64_t a_k, int64_t a_r, const Real* b, int64_t n,
                              Real* c, int64_t stride, int64_t rows, bool first) {
     constexpr int lanes = LANES<Real>, R = rows_of(W);
     for (int64_t r0 = 0; r0 < rows; r0 += R) {
-        Vec<Real> sum[R][W];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-#pragma GCC unroll 16
-            for (int w = 0; w < W; w++) {
-                sum[r][w] = first ? Vec<Real>{} : load<Real>(c + (r0 + r) * stride + w * lanes);
-            }
-        }
+        Vec<Real> sum[R][W] = {};  // joins c at the end: shorter sums round less
         const Real *from = a + r0 * a_r, *with = b;
 #pragma GCC unroll 4
         for (int64_t k = 0; k < n; k++, from += a_k, with += stride) {
@@ -152,7 +150,10 @@ static NOINLINE void product(const Real* a, int64_t a_k, int64_t a_r, const Real
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
 #pragma GCC unroll 16
-            for (int w = 0; w < W; w++) store<Real>(c + (r0 + r) * stride + w * lanes, sum[r][w]);
+            for (int w = 0; w < W; w++) {
+                Real* to = c + (r0 + r) * stride + w * lanes;
+                store<Real>(to, first ? sum[r][w] : sum[r][w] + load<Real>(to));
+            }
         }
     }
 }
@@ -213,8 +214,8 @@ struct Scratch {
     }
 };
 
-// The keys of one head that some row sees, in rows of whole vectors: as they lie, or in `copy`, which
-// is made where `fill` is set.
+// The keys of one head that some row sees, in rows of whole vectors: as they lie, or in `copy`,
+// which is made where `fill` is set.
 template <class Real>
 static const Real* keys_of(const Problem& problem, const Side& side, const Visible& visible,
                            int64_t batch, int64_t head, Real* copy, bool fill) {
@@ -280,7 +281,8 @@ struct Worker {
             const int64_t head = key_head * group + unit / tiles;
             const int64_t wanted = head / (pair.t.heads / pair.t.key_heads);
             if (wanted != key_head_t) {
-                keys_t = keys_of<Real>(problem, pair.t, visible, batch, wanted, scratch.key_t, true);
+                keys_t =
+                    keys_of<Real>(problem, pair.t, visible, batch, wanted, scratch.key_t, true);
                 key_head_t = wanted;
             }
             const Tile<Real> tile = tile_of<Real>(visible, unit % tiles);

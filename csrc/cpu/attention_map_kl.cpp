@@ -43,7 +43,8 @@ Problem problem_of(const Tensor& map_s, const Tensor& map_t, const Mask& mask, b
 void run(const Problem& problem, int64_t batch) {
     const int64_t rows = batch * problem.heads * problem.queries;
     const int64_t share = std::max<int64_t>(1, 65536 / problem.keys);
-    kdfast::for_each_item((rows + share - 1) / share, KDFAST_CALL(attention_map_kl_scratch, problem),
+    kdfast::for_each_item((rows + share - 1) / share,
+                          KDFAST_CALL(attention_map_kl_scratch, problem),
                           [&](int64_t i, char* scratch) {
                               KDFAST_CALL(attention_map_kl_rows, problem, i * share,
                                           std::min((i + 1) * share, rows), scratch);
@@ -60,7 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& map_s, const Te
         return torch::stable::new_empty(map_s, {batch, problem.heads, problem.queries}, dtype);
     };
     Tensor rows = rows_of(), lse_s = rows_of(), lse_t = rows_of();
-    Tensor inner = problem.direction == JS ? rows_of() : torch::stable::new_empty(map_s, {0}, dtype);
+    Tensor inner =
+        problem.direction == JS ? rows_of() : torch::stable::new_empty(map_s, {0}, dtype);
     problem.rows = static_cast<char*>(rows.data_ptr());
     problem.inner = static_cast<char*>(inner.data_ptr());
     problem.lse_s = static_cast<char*>(lse_s.data_ptr());

@@ -1,6 +1,6 @@
-// KL divergence between attention maps that exist, one row at a time: a row of each map is copied to
-// a cache-resident line (padded to whole vectors with entries that are absent), and read there as
-// often as needed.
+// KL divergence between attention maps that exist, one row at a time: a row of each map is copied
+// to a cache-resident line (padded to whole vectors with entries that are absent), and read there
+// as often as needed.
 
 #include "attention_map_kl.h"
 #include "divergence.h"
@@ -11,7 +11,9 @@ using namespace attention_map_kl;
 
 namespace {
 
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t round_up(int64_t n, int64_t to) {
+    return (n + to - 1) / to * to;
+}
 
 // One row of both maps [n], n a whole number of vectors.
 template <class Real>
@@ -136,16 +138,19 @@ static void rows(const Problem& problem, int64_t begin, int64_t end, char* scrat
         bool takes_part = mask == nullptr || problem.queries != problem.keys || mask[i * step];
         if (takes_part) {
             const int64_t from_s = at(problem.stride_s), from_t = at(problem.stride_t);
-            read<Real>(storage, problem.map_s + from_s * size_of(storage), problem.keys, Real(1), row.s);
-            read<Real>(storage, problem.map_t + from_t * size_of(storage), problem.keys, Real(1), row.t);
+            read<Real>(storage, problem.map_s + from_s * size_of(storage), problem.keys, Real(1),
+                       row.s);
+            read<Real>(storage, problem.map_t + from_t * size_of(storage), problem.keys, Real(1),
+                       row.t);
             for (int64_t j = problem.keys; j < row.n; j++) row.s[j] = row.t[j] = absent;
             takes_part = hide<Real>(row, mask, step, problem.keys, absent);
         }
         char* grad = problem.grad + index * problem.keys * size_of(storage);
         if (takes_part) {
-            const Real g = gradient ? reinterpret_cast<const Real*>(
-                                          problem.grad_rows)[at(problem.grad_rows_stride)]
-                                    : Real(0);
+            const Real g =
+                gradient
+                    ? reinterpret_cast<const Real*>(problem.grad_rows)[at(problem.grad_rows_stride)]
+                    : Real(0);
             const Direction direction = problem.direction;
             if (problem.scores) {
                 row_of_scores<Real>(direction, row, gradient, g);

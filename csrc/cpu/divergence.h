@@ -1,13 +1,16 @@
 // The divergence of rows of scores, and its gradient. With m the maximum of a row's scores s,
-// e = exp(s - m) and l = sum_j e, so that p = e / l:
+// e = exp(s - m) and l = sum_j e, so that p = e / l, and with h = (p_s - p_t) / (p_s + p_t):
 //
-//     forward   sum_j p_t [(s_t - m_t) - (s_s - m_s)] + log(l_s / l_t)       dS = p_s - p_t
-//     reverse   sum_j p_s [(s_s - m_s) - (s_t - m_t)] + log(l_t / l_s)       dS = p_s (log p_s/p_t - KL)
-//     js        sum_j (p_s log(1 + h) + p_t log(1 - h)) / 2,                 dS = p_s (log(1 + h) - KL(s || m)) / 2
-//               h = (p_s - p_t) / (p_s + p_t)
+//     forward   sum_j p_t [(s_t - m_t) - (s_s - m_s)] + log(l_s / l_t)
+//     reverse   sum_j p_s [(s_s - m_s) - (s_t - m_t)] + log(l_t / l_s)
+//     js        sum_j (p_s log(1 + h) + p_t log(1 - h)) / 2
 //
-// Everything is exactly zero for equal maps, whichever way the compiler contracts it: p_s - p_t, say,
-// is ((l_t / l_s) e_s - e_t) / l_t.
+//     forward   dS = p_s - p_t
+//     reverse   dS = p_s (log(p_s / p_t) - KL(s || t))
+//     js        dS = p_s (log(1 + h) - KL(s || m)) / 2
+//
+// Everything is exactly zero for equal maps, whichever way the compiler contracts it: p_s - p_t,
+// say, is ((l_t / l_s) e_s - e_t) / l_t.
 
 #pragma once
 
@@ -20,8 +23,8 @@ using namespace kdfast;
 
 #define NOINLINE __attribute__((noinline))
 
-// One row a lane, the entries of each one below the other; or, ACROSS, one row over all lanes, whose
-// numbers stand here in every lane.
+// One row a lane, the entries of each one below the other; or, ACROSS, one row over all lanes,
+// whose numbers stand here in every lane.
 template <class Real>
 struct Rows {
     Vec<Real> max_s, max_t, sum_s, sum_t, value, inner;
@@ -55,8 +58,7 @@ static NOINLINE Vec<Real> close_forward(const Real* e_s, const Real* e_t, int64_
     for (int64_t j = 0; j < n; j++) {
         const Vec<Real> s = load<Real>(e_s + j * step), t = load<Real>(e_t + j * step);
         const Vec<Real> difference = s * align - t, ratio = s * align / t;
-        const Vec<Real> log_ratio =
-            logarithm<Real>(ratio > most ? most : ratio, difference / t);
+        const Vec<Real> log_ratio = logarithm<Real>(ratio > most ? most : ratio, difference / t);
         sum += difference - t * zero_where<Real>(t == Real(0), log_ratio);
     }
     return total<Real, ACROSS>(sum) / rows.sum_t;
@@ -156,7 +158,7 @@ static NOINLINE void divergence(Real* s, const Real* scores_t, Real* t, int64_t 
         rows.value = sum / sum_s + logarithm<Real>(sum_t / sum_s, (sum_t - sum_s) / sum_s);
     }
     if (ACROSS && any<Real>(lost)) return;
-    const Ints<Real> close = (rows.value < CLOSE<Real>) & lanes & ~lost;
+    const Ints<Real> close = (rows.value < CLOSE<Real>)&lanes & ~lost;
     if (!any<Real>(close)) return;
     const Vec<Real> better = D == FORWARD ? close_forward<Real, ACROSS>(s, t, n, step, rows)
                                           : close_reverse<Real, ACROSS>(s, t, n, step, rows);

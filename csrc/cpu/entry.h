@@ -17,8 +17,8 @@
 
 namespace kdfast {
 
-// Asks for large pages under memory that is about to be written as a whole: the first touch of a page
-// costs more than most arithmetic on it.
+// Asks for large pages under memory that is about to be written as a whole: the first touch of a
+// page costs more than most arithmetic on it.
 constexpr int64_t LARGE_PAGE = int64_t(2) << 20;
 
 inline void use_large_pages(void* start, int64_t bytes) {
@@ -80,17 +80,24 @@ void for_each_item(int64_t items, int64_t scratch_bytes, const Work& work) {
     const int64_t workers = items < threads ? items : threads;
     if (workers > 0) torch::stable::parallel_for(0, workers, 1, worker);
     // Whoever had memory has done the work of those who had none.
-    if (failed && next < items) throw std::runtime_error("kdfast: no memory for a thread's scratch");
+    if (failed && next < items)
+        throw std::runtime_error("kdfast: no memory for a thread's scratch");
 }
 
 inline Storage storage_of(const torch::stable::Tensor& x) {
     using torch::headeronly::ScalarType;
     switch (x.scalar_type()) {
-        case ScalarType::Float: return F32;
-        case ScalarType::Double: return F64;
-        case ScalarType::BFloat16: return BF16;
-        case ScalarType::Half: return F16;
-        default: throw std::runtime_error("kdfast: dtype should be float32, float64, bfloat16 or float16");
+        case ScalarType::Float:
+            return F32;
+        case ScalarType::Double:
+            return F64;
+        case ScalarType::BFloat16:
+            return BF16;
+        case ScalarType::Half:
+            return F16;
+        default:
+            throw std::runtime_error(
+                "kdfast: dtype should be float32, float64, bfloat16 or float16");
     }
 }
 
@@ -98,7 +105,8 @@ inline Direction direction_of(const std::string& name) {
     if (name == "forward") return FORWARD;
     if (name == "reverse") return REVERSE;
     if (name == "js") return JS;
-    throw std::runtime_error("kdfast: direction is '" + name + "', should be forward, reverse or js");
+    throw std::runtime_error("kdfast: direction is '" + name +
+                             "', should be forward, reverse or js");
 }
 
 // The dtype of losses and other statistics.

@@ -9,7 +9,7 @@ InstructionSet instruction_set();
 
 // Calls `function` of the namespace of the instruction set in use.
 #if defined(__x86_64__)
-#define KDFAST_CALL(function, ...)                                             \
+#define KDFAST_CALL(function, ...)                                               \
     (instruction_set() == InstructionSet::avx512 ? avx512::function(__VA_ARGS__) \
      : instruction_set() == InstructionSet::avx2 ? avx2::function(__VA_ARGS__)   \
                                                  : portable::function(__VA_ARGS__))
@@ -18,7 +18,13 @@ InstructionSet instruction_set();
 #endif
 
 // Declares a function in each of them.
-#define KDFAST_DECLARE(...)              \
-    namespace portable { __VA_ARGS__; }  \
-    namespace avx2 { __VA_ARGS__; }      \
-    namespace avx512 { __VA_ARGS__; }
+#define KDFAST_DECLARE(...) \
+    namespace portable {    \
+    __VA_ARGS__;            \
+    }                       \
+    namespace avx2 {        \
+    __VA_ARGS__;            \
+    }                       \
+    namespace avx512 {      \
+    __VA_ARGS__;            \
+    }

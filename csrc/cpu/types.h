@@ -1,5 +1,5 @@
-// Plain data that entry points and arithmetic share. Like the other headers of problems it is compiled
-// for several instruction sets, so it holds no functions.
+// Plain data that entry points and arithmetic share. Like the other headers of problems it is
+// compiled for several instruction sets, so it holds no functions.
 
 #pragma once
 

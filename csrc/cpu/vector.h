@@ -46,7 +46,7 @@ struct Types<float> {
     static constexpr int LIFTED = 25;
     static constexpr Int ROOT_HALF = 0x3f3504f3;
     // Least maximum of |relative error| of 1 + r P(r) as e^r on |r| <= ln 2 / 2: 2e-9.
-    static constexpr float EXP[] = {1.0f,           0.499999942f,   0.166664303f,
+    static constexpr float EXP[] = {1.0f,          0.499999942f,   0.166664303f,
                                     0.0416680074f, 0.00837423590f, 0.00138435600f};
     static constexpr int LOG_TERMS = 5;
 };
@@ -95,8 +95,8 @@ static inline Vec<Real> splat(Real x) {
     return x - Vec<Real>{};  // x itself, -0 too
 }
 
-// Holds x in a register. The compiler would otherwise load it again for each use, or turn a mask into
-// a blend, and so spend what the multiplications need.
+// Holds x in a register. The compiler would otherwise load it again for each use, or turn a mask
+// into a blend, and so spend what the multiplications need.
 template <class V>
 static inline void hold(V& x) {
 #if defined(__AVX512F__)

@@ -318,7 +318,8 @@ def _check_scale(op: str, name: str, scale: Any, pairs: int | None) -> float | l
 #   forward   -> rows [B, sum H, Nq], inner, lse_s [B, sum H, Nq], lse_t [B, sum H_t, Nq]; float32
 #                (float64 for float64). inner is KL(s || m) per row for "js", else empty. A row that
 #                takes no part has rows = inner = 0 and lse_s = +inf.
-#   backward  grad_rows [B, sum H, Nq], of any strides -> the gradients of all student queries, and
+#   backward  from these statistics, or what it makes anew:
+#             grad_rows [B, sum H, Nq], of any strides -> the gradients of all student queries, and
 #                of all student keys, one after the other in one flat tensor of the inputs' dtype,
 #                each [B, H, N, d], or [B, N, H, d] with tokens_first.
 #   fused     for "mean" and "sum": losses [P] and both gradients, for an upstream gradient of 1,
@@ -477,8 +478,11 @@ def _scaled(
     gradients: list[Tensor | None] = []
     for side, like in zip(flat, (query_s, key_s), strict=True):
         for piece, x, factor in zip(_cut(side, like, tokens_first), like, upstream, strict=True):
-            scaled = piece * factor if saved else piece.mul_(factor)
-            gradients.append(scaled.to(x.dtype))
+            if saved:
+                piece = piece * factor
+            elif x.device.type != "cpu" or factor != 1:
+                piece.mul_(factor)
+            gradients.append(piece.to(x.dtype))
     return gradients + [None] * (2 * ctx.pairs)
 
 

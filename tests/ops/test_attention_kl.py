@@ -243,7 +243,7 @@ def test_sequences_take_one_scale_per_pair():
         attention_kl(*pair, scale_s=scale, scale_t=0.25)
         for pair, scale in zip(pairs, (0.5, 2.0), strict=True)
     ]
-    assert torch.equal(losses, torch.stack(expected))
+    torch.testing.assert_close(losses, torch.stack(expected))
 
 
 def test_each_pair_of_a_sequence_gets_its_own_gradient():
