@@ -1,0 +1,174 @@
+"""Compile the Triton kernels for a GPU that is not there, through their own launch functions.
+
+    python compile.py ARCHITECTURE [MODULE ...] [--dtypes A,B] [--directions A,B] [--exhaustive]
+
+A stub takes the place of Triton's driver, so that every launch compiles what it would compile on
+that architecture, with the real arguments, and runs nothing. Prints a line of JSON per compiled
+kernel: registers that were spilled (bytes of stack on NVIDIA), shared memory, and their limit.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+# Target, and the bytes of shared memory that one program may have.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 * 1024),  # stands for all without a launch table
+}
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Driver:
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+def spills(kernel, target):
+    """Bytes of stack, or spilled vector registers."""
+    if target.backend == "hip":
+        return sum(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [BINARIES / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def attention_kl(architecture, dtypes, widths, directions, exhaustive):
+    """One call per launch table entry and option that makes other code."""
+    from kdfast.kernels import attention_kl as module
+
+    module.architecture = lambda device: architecture
+    if TARGETS[architecture][0].backend == "cuda":
+        module.precision = lambda x: "tf32x3" if x.dtype == torch.float32 else "ieee"
+
+    def inputs(dtype, width, keys, heads_t=4, pairs=1):
+        sides = ((4, 64), (2, keys), (heads_t, 64), (heads_t, keys))
+        return [[torch.zeros(2, h, n, width, dtype=dtype) for _ in range(pairs)] for h, n in sides]
+
+    def call(dtype, width, direction, *, keys=512, mask=False, mean=False, pairs=1, **options):
+        sides = inputs(dtype, width, keys, pairs=pairs)
+        causal, window = options.get("causal", False), options.get("window")
+        cu_seqlens = options.get("cu_seqlens")
+        attention_mask = torch.ones(2, keys, dtype=torch.bool) if mask else None
+        scales = [0.125] * pairs
+        arguments = (
+            *sides, attention_mask, None, cu_seqlens, scales, scales, causal, window, mean,
+            direction,
+        )  # fmt: skip
+        statistics = module.forward(*arguments)
+        module.backward(torch.zeros_like(statistics[0]), *statistics, *arguments, True)
+
+    def fused(dtype, width, direction, keys, mask):
+        sides = inputs(dtype, width, keys)
+        attention_mask = torch.ones(2, keys, dtype=torch.bool) if mask else None
+        module.fused(
+            *sides, attention_mask, None, None, [0.125], [0.125], False, None, False, direction,
+            "mean", False,
+        )  # fmt: skip
+
+    for dtype in dtypes:
+        for width in widths:
+            for direction in directions:
+                call(dtype, width, direction, mask=True)
+                for keys in (128, 256):
+                    fused(dtype, width, direction, keys, True)
+                if exhaustive:
+                    call(dtype, width, direction)
+                    call(dtype, width, direction, causal=True, window=64)
+                    call(dtype, width, direction, mask=True, pairs=12)
+                    call(dtype, width, direction, mask=True, mean=True)
+                    fused(dtype, width, direction, 128, False)
+        if exhaustive:
+            call(dtype, 256, directions[0], mask=True)
+            call(dtype, 80, directions[0], mask=True)
+    if exhaustive:
+        packed = torch.tensor([0, 64], dtype=torch.int32)
+        call(torch.bfloat16, 64, "forward", cu_seqlens=packed, keys=64)
+
+
+def attention_map_kl(architecture, dtypes, widths, directions, exhaustive):
+    from kdfast.kernels import attention_map_kl as module
+
+    for dtype in dtypes:
+        for keys in (128, 512, 4096, 16384, 32768) if exhaustive else (128, 16384):
+            for direction in directions:
+                for scores in (True, False):
+                    for masked in (True, False) if exhaustive else (True,):
+                        map_s = torch.zeros(1, 1, 4, keys, dtype=dtype)
+                        mask = torch.ones(1, keys, dtype=torch.bool) if masked else None
+                        arguments = (map_s, map_s, mask, scores, direction)
+                        statistics = module.forward(*arguments)
+                        module.backward(statistics[0], *statistics, *arguments)
+
+
+MODULES = {"attention_kl": attention_kl, "attention_map_kl": attention_map_kl}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("architecture", choices=TARGETS)
+    parser.add_argument("modules", nargs="*", default=list(MODULES))
+    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--widths", default="64")
+    parser.add_argument("--directions", default="forward")
+    parser.add_argument("--exhaustive", action="store_true", help="every option of these")
+    chosen = parser.parse_args()
+    target, limit = TARGETS[chosen.architecture]
+    triton.runtime.driver.set_active(Driver(target))
+    compiled = {}
+    run = triton.runtime.jit.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in compiled:
+            compiled[kernel.hash] = {
+                "kernel": self.__name__.lstrip("_"),
+                "options": {k: v for k, v in options.items() if k not in ("enable_fp_fusion",)},
+                "spills": spills(kernel, target),
+                "shared": kernel.metadata.shared,
+                "limit": limit,
+            }
+            print(json.dumps(compiled[kernel.hash]), flush=True)
+        return kernel
+
+    triton.runtime.jit.JITFunction.run = compile_only
+    for name in chosen.modules:
+        MODULES[name](
+            chosen.architecture,
+            [getattr(torch, dtype) for dtype in chosen.dtypes.split(",")],
+            [int(width) for width in chosen.widths.split(",")],
+            chosen.directions.split(","),
+            chosen.exhaustive,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
