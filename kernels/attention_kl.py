@@ -994,9 +994,9 @@ def _losses(losses, partial, counts, programs, count_size, count_factor, DIVIDE:
 
 
 # Launch parameters by architecture, kernel, and (bytes of an element, width of the wider head: 64
-# for all up to it, 128, and 256 for all beyond, or else 128): (BLOCK_M queries, BLOCK_N keys, warps,
-# stages). "KERNEL VARIANT" is looked for first, VARIANT being the direction, or "mean" for averaged
-# teacher heads. The third number of "fused" is its BLOCK_N, all keys; what it does not list is left
+# for all up to it, 128, and 256 for all beyond, or else 128): (BLOCK_M queries, BLOCK_N keys,
+# warps, stages). "KERNEL VARIANT" is looked for first, VARIANT being the direction, or "mean" for
+# averaged heads. The third number of "fused" is its BLOCK_N, all keys; what is not listed is left
 # to forward and backward. All spill no register, which is what they were chosen for; none is timed.
 Launch = dict[tuple[int, ...], tuple[int, int, int, int]]
 AVERAGED: dict[str, Launch] = {
@@ -1004,7 +1004,7 @@ AVERAGED: dict[str, Launch] = {
         (2, 64): (32, 32, 4, 1),
         (2, 128): (32, 32, 4, 1),
         (4, 64): (16, 16, 4, 1),
-        (4, 128): (16, 16, 4, 1),
+        (4, 128): (16, 16, 8, 1),
     }
     for kernel in ("forward", "backward_query", "backward_key")
 }
