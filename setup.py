@@ -76,6 +76,9 @@ class Build(build_ext):
         except (OSError, ImportError, ValueError, subprocess.CalledProcessError) as error:
             from distutils.errors import CompileError
 
+            # What an earlier build left must not pass for this one.
+            for left in (target, ROOT.resolve() / "kdfast" / target.name):
+                left.unlink(missing_ok=True)
             # `optional` makes setuptools go on without the library.
             raise CompileError(f"{extension.name}: {error}") from error
 

@@ -1032,7 +1032,7 @@ LAUNCH: dict[str, dict[str, Launch]] = {
         },
         "backward_key": {
             (2, 64): (64, 32, 4, 2),
-            (2, 128): (64, 16, 4, 1),
+            (2, 128): (32, 32, 4, 1),
             (4, 64): (32, 32, 4, 1),
             (4, 128): (16, 32, 4, 1),
         },
@@ -1061,13 +1061,13 @@ LAUNCH: dict[str, dict[str, Launch]] = {
         "backward_key": {
             (2, 64): (128, 64, 8, 2),
             (2, 128): (64, 32, 4, 1),
-            (4, 64): (32, 32, 4, 1),
+            (4, 64): (16, 32, 4, 1),
             (4, 128): (16, 32, 4, 1),
         },
         "backward_key js": {
             (2, 64): (128, 32, 8, 2),
             (2, 128): (64, 32, 4, 1),
-            (4, 64): (32, 32, 4, 1),
+            (4, 64): (16, 32, 4, 1),
             (4, 128): (16, 32, 4, 1),
         },
         "fused": {
@@ -1079,10 +1079,14 @@ LAUNCH: dict[str, dict[str, Launch]] = {
     },
     "sm_100": {
         **AVERAGED,
+        "backward_query mean": {
+            **AVERAGED["backward_query mean"],
+            (4, 128): (16, 16, 4, 1),
+        },
         "forward": {
             (2, 64): (128, 64, 8, 3),
             (2, 128): (64, 64, 4, 2),
-            (4, 64): (32, 32, 4, 1),
+            (4, 64): (32, 16, 4, 1),
             (4, 128): (32, 16, 4, 1),
         },
         "backward_query": {
@@ -1126,6 +1130,11 @@ LAUNCH: dict[str, dict[str, Launch]] = {
         },
     },
 }
+SQUARE: Launch = {(size, width): (64, 64, 4, 1) for size in (2, 4) for width in (64, 128)}
+LAUNCH["interpreter"] = {
+    **{kernel: SQUARE for kernel in ("forward", "backward_query", "backward_key")},
+    "fused": {(*key, keys): (64, keys, 4, 1) for key in SQUARE for keys in (128, 256)},
+}
 # What every other NVIDIA GPU gets; most have 99 KB of shared memory.
 LAUNCH["sm_86"] = {**LAUNCH["sm_80"], "fused": {(2, 64, 128): (32, 128, 8, 1)}}
 FUSED_KEYS = 256
@@ -1139,7 +1148,7 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     if device.type != "cuda":
-        return "sm_80"
+        return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
     name = f"sm_{major}{minor}"
     return name if name in LAUNCH else "sm_86"
@@ -1259,7 +1268,7 @@ def _pair_arguments(
         key_s.shape[2],
     )  # fmt: skip
     mean = mean_heads and heads_t > 1
-    # Averaging keeps two more tiles: both sides go by in smaller chunks.
+    # Averaging keeps two more tiles: smaller chunks, and no operand split into three.
     widest = (128 if mean else 256) // query_s.dtype.itemsize
     constants = {
         "D_S": d_s,
@@ -1267,7 +1276,7 @@ def _pair_arguments(
         "BLOCK_S": min(width_block(query_s), widest),
         "BLOCK_T": min(width_block(query_t), widest),
         "UPCAST": INTERPRETED and query_s.dtype == torch.bfloat16,
-        "PRECISION": precision(query_s),
+        "PRECISION": "ieee" if mean else precision(query_s),
         "MEAN": mean,
     }
     return tensors, sizes, constants

@@ -233,14 +233,22 @@ LONGEST = 16384
 PER_THREAD = 16
 
 
-def launch_parameters(keys: int) -> dict[str, Any]:
+def launch_parameters(keys: int, direction: str) -> dict[str, Any]:
     """ROWS and BLOCK of a program, and its warps."""
-    block = min(triton.next_power_of_2(keys), LONGEST)
+    longest = LONGEST // 4 if direction == "js" else LONGEST  # which takes more registers
+    block = min(triton.next_power_of_2(keys), longest)
     rows = max(1, ELEMENTS // block)
     warps = min(max(4, rows * block // (32 * PER_THREAD)), 16)
     blocks = {"LONG": keys > block, "ROWS": rows, "BLOCK": block, "num_warps": warps}
-    # The interpreter knows no such option.
-    return blocks if INTERPRETED else {**blocks, "enable_fp_fusion": False}
+    if INTERPRETED:  # which knows neither option
+        return blocks
+    if on_nvidia():  # ptxas may spill to fit one more program on a processor: not here
+        blocks["maxnreg"] = min(255, 65536 // (32 * warps))
+    return {**blocks, "enable_fp_fusion": False}
+
+
+def on_nvidia() -> bool:
+    return torch.version.hip is None
 
 
 def _launch(
@@ -257,7 +265,7 @@ def _launch(
     if total == 0:
         return
     mask = None if attention_mask is None else attention_mask.contiguous().view(torch.uint8)
-    launch = launch_parameters(keys)
+    launch = launch_parameters(keys, direction)
     with torch.cuda.device_of(map_s):
         _rows[(triton.cdiv(total, launch["ROWS"]),)](
             *outputs, grad_rows, map_s, map_t, mask, map_s.stride()[:3], map_t.stride()[:3],

@@ -96,6 +96,7 @@ def test_compiled_library_of_the_wheel_serves_calls(unpacked: Path, tmp_path: Pa
 def test_failed_compilation_does_not_break_the_build(trouble: str, tmp_path: Path) -> None:
     source = copy_of_sources(tmp_path)
     environment = os.environ | {"KDFAST_BUILD": "cpu"}
+    (source / "kdfast" / "_cpu.abi3.so").write_bytes(b"of an earlier build")
     if trouble == "no compiler":
         environment["CXX"] = str(tmp_path / "no-such-compiler")
     elif trouble == "source that does not compile":

@@ -198,8 +198,8 @@ struct Call {
         }
         // Heads are shared out whole where there are enough of them for every thread to get
         // several; otherwise their query tiles are, and gradients of the keys summed afterwards.
-        const int64_t parts =
-            threads == 1 || groups >= 4 * threads ? 1 : (4 * threads + groups - 1) / groups;
+        const bool enough = threads == 1 || groups == 0 || groups >= 4 * threads;
+        const int64_t parts = enough ? 1 : (4 * threads + groups - 1) / groups;
         std::vector<Item> items;
         std::vector<std::size_t> divided;  // the first share of each group that has several
         for (std::size_t p = 0; p < pairs.size(); p++) {

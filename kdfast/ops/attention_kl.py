@@ -413,32 +413,36 @@ class _AttentionKL(torch.autograd.Function):
         ctx.backend, ctx.fused, ctx.reduction = backend, fused, reduction
         ctx.options = (causal, window, mean_heads)
         ctx.scales, ctx.direction = (scale_s, scale_t), direction
-        ctx.pairs = len(tensors) // 4
+        # Hooks may give saved tensors other strides, so the layout is not asked of them later.
+        ctx.pairs, ctx.tokens_first = len(tensors) // 4, _tokens_first(tensors[0])
         masks = (attention_mask, query_mask, cu_seqlens)
         sides = _sides(tensors)
         inputs = (*sides, *masks, scale_s, scale_t, *ctx.options, direction)
         if fused:
-            losses, *gradients = _FUSED[backend](*inputs, reduction, _tokens_first(tensors[0]))
+            losses, *gradients = _FUSED[backend](*inputs, reduction, ctx.tokens_first)
             # Beside the saved tensors, so that backward may scale the gradients where they lie.
             compiling = torch.compiler.is_compiling()
             ctx.made = None if compiling else gradients
-            ctx.save_for_backward(*masks, *_kept(ctx, tensors), *(gradients if compiling else ()))
+            extra = gradients if compiling else ()
+            ctx.save_for_backward(*dispatch.kept(ctx, [*masks, *tensors, *extra]))
             return losses
         rows, inner, lse_s, lse_t = _FORWARD[backend](*inputs)
         heads = [query.shape[1] for query in sides[0]]
         counts = _counts(lse_s, heads) if reduction == "mean" else None
-        ctx.save_for_backward(*masks, *_kept(ctx, tensors), rows, inner, lse_s, lse_t, counts)
+        statistics = (rows, inner, lse_s, lse_t, counts)
+        ctx.save_for_backward(*dispatch.kept(ctx, [*masks, *tensors, *statistics]))
         if reduction == "none":
-            return rows
+            return rows.clone()  # what is returned may be changed in place
         losses = torch.stack([part.sum() for part in rows.split(heads, 1)])
         return losses if counts is None else losses / counts
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        masks, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3 + 4 * ctx.pairs :]
-        tensors = ctx.saved_tensors[3 : 3 + 4 * ctx.pairs]
+        everything = ctx.saved_tensors  # one read: each unpacks anew
         if ctx.inference:
-            tensors = tuple(ctx.inference.get(i, x) for i, x in enumerate(tensors))
+            everything = tuple(ctx.inference.get(i, x) for i, x in enumerate(everything))
+        masks, tensors = everything[:3], everything[3 : 3 + 4 * ctx.pairs]
+        saved = everything[3 + 4 * ctx.pairs :]
         with torch.no_grad():
             if ctx.fused:
                 gradients = _scaled(ctx, grad, masks, tensors, saved)
@@ -447,15 +451,6 @@ class _AttentionKL(torch.autograd.Function):
         wanted = ctx.needs_input_grad[-4 * ctx.pairs :]
         gradients = [x if wants else None for x, wants in zip(gradients, wanted, strict=True)]
         return (None,) * 12 + tuple(dispatch.first_derivatives("attention_kl", gradients, tensors))
-
-
-def _kept(ctx: Any, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """The tensors to save; a teacher's made in inference mode cannot be, and are kept beside."""
-    if torch.compiler.is_compiling():
-        ctx.inference = {}
-        return list(tensors)
-    ctx.inference = {i: x for i, x in enumerate(tensors) if x.is_inference()}
-    return [None if i in ctx.inference else x for i, x in enumerate(tensors)]
 
 
 def _scaled(
@@ -467,7 +462,7 @@ def _scaled(
 ) -> list[Tensor | None]:
     """The gradients made in forward, times the upstream gradient."""
     query_s, key_s, query_t, key_t = _sides(tensors)
-    tokens_first = _tokens_first(tensors[0])
+    tokens_first = ctx.tokens_first
     flat, ctx.made = saved or ctx.made, None
     if flat is None:  # a second backward through one graph
         _, *flat = _FUSED[ctx.backend](
@@ -497,7 +492,7 @@ def _recomputed(
     rows, inner, lse_s, lse_t, counts = saved
     query_s, key_s, query_t, key_t = _sides(tensors)
     scale_s, scale_t = ctx.scales
-    tokens_first = _tokens_first(tensors[0])
+    tokens_first = ctx.tokens_first
     if ctx.reduction != "none":
         per_pair = grad if counts is None else grad / counts
         heads = [query.shape[1] for query in query_s]
@@ -576,9 +571,12 @@ def _serve(
     paired = isinstance(query_s, list)
     sides = [x if isinstance(x, list) else [x] for x in (query_s, key_s, query_t, key_t)]
     packed = cu_seqlens is not None
-    if packed:  # [total, H, d]: one batch element whose sequences do not see each other
+    if (
+        cu_seqlens is not None
+    ):  # [total, H, d]: one batch element whose sequences do not see each other
         sides = [[x.transpose(0, 1).unsqueeze(0) for x in side] for side in sides]
         query_mask = None if query_mask is None else query_mask.unsqueeze(0)
+        cu_seqlens = cu_seqlens.contiguous()
     elif query_mask is None and sides[0][0].shape[2] == sides[1][0].shape[2]:
         query_mask = attention_mask
     if relation_heads is not None:
@@ -681,15 +679,16 @@ def _refused_by_hopper(
         return "the GPU is not of compute capability 9.0 (Hopper)"
     if direction == "js" or cu_seqlens is not None or match_heads is not None:
         return "direction='js', cu_seqlens and match_heads are left to triton"
-    for x in tensors:
-        width = (
-            x.shape[-1] if relation_heads is None else x.shape[1] * x.shape[-1] // relation_heads
-        )
+    pairs = len(tensors) // 4
+    for i, x in enumerate(tensors):
+        width = x.shape[-1]
+        if relation_heads is not None:  # keys are expanded to the heads of their queries
+            width *= tensors[i if i // pairs % 2 == 0 else i - pairs].shape[1]
+            width //= relation_heads
         if width % 8 or width > 128:
             return f"a head of width {width} is not a multiple of 8 up to 128"
-        if relation_heads is None and (
-            x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1])
-        ):
+        aligned = torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
+        if relation_heads is None and not (aligned and all(n % 8 == 0 for n in x.stride()[:-1])):
             return f"rows of strides {list(x.stride())} are not aligned to 16 bytes"
     for scales in (scale_s, scale_t):
         for scale in scales if isinstance(scales, list) else [scales]:

@@ -169,14 +169,18 @@ class _AttentionMapKL(torch.autograd.Function):
         count = None
         if reduction == "mean":
             count = (lse_s != torch.inf).sum().clamp(min=1).to(rows.dtype)
-        ctx.save_for_backward(attention_mask, map_s, map_t, count, *statistics)
+        saved = [attention_mask, map_s, map_t, count, *statistics]
+        ctx.save_for_backward(*dispatch.kept(ctx, saved))
         if reduction == "none":
-            return rows
+            return rows.clone()  # what is returned may be changed in place
         return rows.sum() if count is None else rows.sum() / count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        attention_mask, map_s, map_t, count, rows, inner, lse_s, lse_t = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        if ctx.inference:
+            saved = tuple(ctx.inference.get(i, x) for i, x in enumerate(saved))
+        attention_mask, map_s, map_t, count, rows, inner, lse_s, lse_t = saved
         grad_s: Tensor | None = None
         grad_t: Tensor | None = None
         with torch.no_grad():

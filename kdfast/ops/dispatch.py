@@ -165,6 +165,14 @@ def _reference(operator: str) -> Kernel:
     return Kernel(load=lambda: served)
 
 
+def kept(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors to save; those made in inference mode cannot be, and are kept beside."""
+    ctx.inference = {}
+    if not torch.compiler.is_compiling():
+        ctx.inference = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    return [None if i in ctx.inference else x for i, x in enumerate(tensors)]
+
+
 def first_derivatives(
     operator: str, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:

@@ -117,6 +117,7 @@ def attention_kl(architecture, dtypes, widths, directions, exhaustive):
 def attention_map_kl(architecture, dtypes, widths, directions, exhaustive):
     from kdfast.kernels import attention_map_kl as module
 
+    module.on_nvidia = lambda: TARGETS[architecture][0].backend == "cuda"
     for dtype in dtypes:
         for keys in (128, 512, 4096, 16384, 32768) if exhaustive else (128, 16384):
             for direction in directions:
