@@ -28,7 +28,7 @@ ARCHITECTURES = "8.0+PTX 9.0a"
 WANTED = [x for x in re.split(r"[ ,]+", os.environ.get("KDFAST_BUILD", "cpu,cuda").strip()) if x]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # PyTorch 2.11
 
-# The same source for each instruction set; which one runs is decided when the library is loaded.
+# The same source for each instruction set; which one runs is decided at the first call.
 INSTRUCTION_SETS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
