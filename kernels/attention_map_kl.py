@@ -229,13 +229,13 @@ def _rows(
 # Elements of a map per program while rows are short (so that they fill whole transactions), the
 # longest row that is kept on chip, and elements per thread.
 ELEMENTS = 2048
-LONGEST = 16384
+LONGEST = 8192
 PER_THREAD = 16
 
 
 def launch_parameters(keys: int, direction: str) -> dict[str, Any]:
     """ROWS and BLOCK of a program, and its warps."""
-    longest = LONGEST // 4 if direction == "js" else LONGEST  # which takes more registers
+    longest = LONGEST // 2 if direction == "js" else LONGEST  # which takes more registers
     block = min(triton.next_power_of_2(keys), longest)
     rows = max(1, ELEMENTS // block)
     warps = min(max(4, rows * block // (32 * PER_THREAD)), 16)

@@ -119,7 +119,7 @@ def attention_map_kl(architecture, dtypes, widths, directions, exhaustive):
 
     module.on_nvidia = lambda: TARGETS[architecture][0].backend == "cuda"
     for dtype in dtypes:
-        for keys in (128, 512, 4096, 16384, 32768) if exhaustive else (128, 16384):
+        for keys in (128, 512, 4096, 8192, 32768) if exhaustive else (128, 8192):
             for direction in directions:
                 for scores in (True, False):
                     for masked in (True, False) if exhaustive else (True,):
