@@ -462,17 +462,17 @@ def _scaled(
 ) -> list[Tensor | None]:
     """The gradients made in forward, times the upstream gradient."""
     query_s, key_s, query_t, key_t = _sides(tensors)
-    tokens_first = ctx.tokens_first
     flat, ctx.made = saved or ctx.made, None
     if flat is None:  # a second backward through one graph
         _, *flat = _FUSED[ctx.backend](
             query_s, key_s, query_t, key_t, *masks, *ctx.scales, *ctx.options, ctx.direction,
-            ctx.reduction, tokens_first,
+            ctx.reduction, ctx.tokens_first,
         )  # fmt: skip
     upstream = grad.unbind()
     gradients: list[Tensor | None] = []
     for side, like in zip(flat, (query_s, key_s), strict=True):
-        for piece, x, factor in zip(_cut(side, like, tokens_first), like, upstream, strict=True):
+        pieces = _cut(side, like, ctx.tokens_first)
+        for piece, x, factor in zip(pieces, like, upstream, strict=True):
             if saved:
                 piece = piece * factor
             elif x.device.type != "cpu" or factor != 1:
@@ -571,9 +571,8 @@ def _serve(
     paired = isinstance(query_s, list)
     sides = [x if isinstance(x, list) else [x] for x in (query_s, key_s, query_t, key_t)]
     packed = cu_seqlens is not None
-    if (
-        cu_seqlens is not None
-    ):  # [total, H, d]: one batch element whose sequences do not see each other
+    if cu_seqlens is not None:
+        # [total, H, d]: one batch element whose sequences do not see each other
         sides = [[x.transpose(0, 1).unsqueeze(0) for x in side] for side in sides]
         query_mask = None if query_mask is None else query_mask.unsqueeze(0)
         cu_seqlens = cu_seqlens.contiguous()
