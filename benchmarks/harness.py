@@ -61,8 +61,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kdfast.errors import InputError
-from kdfast.ops import dispatch
+from kdfast.errors import BackendError, InputError
+from kdfast.ops import dispatch, library
 
 OPERATORS = ("attention_kl", "attention_map_kl")
 PASSES = ("forward", "forward+backward", "backward")
@@ -128,8 +128,11 @@ def operator_module(operator: str) -> Any:
 
 def backends(operator: str, device: torch.device) -> list[str]:
     """Those that can run on a device here, but for the interpreter of Triton."""
-    served = (*dispatch.AUTO.get(device.type, ()), "reference")
-    return [x.backend for x in dispatch.explain(operator) if x.available and x.backend in served]
+    return [
+        name
+        for name, available, _ in dispatch.explain(operator)
+        if available and library.DEVICE.get(name, device.type) == device.type
+    ]
 
 
 # Running
@@ -247,6 +250,8 @@ def measure(
             record["error"] = errors(exact, once(*steps))
             if device.type == "cuda":
                 record["memory"] = peak_on_cuda(problem, row, steps)
+        except BackendError as error:
+            record["skipped"] = error.reasons[name.removeprefix("kdfast ")]
         except Exception as error:
             reason = "out of memory" if _out_of_memory(error) else _one_line(error)
             record["skipped"] = reason

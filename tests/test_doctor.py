@@ -60,6 +60,18 @@ def test_auto_is_the_first_available_of_the_order(monkeypatch: pytest.MonkeyPatc
     assert doctor.report()["operators"]["attention_map_kl"]["auto"]["cpu"] == "cpp"
 
 
+def test_available_backend_says_why_auto_leaves_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for backend in ("cpp", "cuda"):
+        replace_backend(monkeypatch, "attention_map_kl", backend, print)
+    lines = [line.split(maxsplit=1) for line in run(capsys)[1].splitlines()[-4:]]
+    answers = dict(line for line in lines if len(line) == 2)
+    assert answers["reference"] == "yes, where cpp cannot serve a call"
+    assert answers["cpp"] == "yes"
+    assert answers["cuda"].startswith("yes, asked for by name")
+
+
 def test_missing_programs_are_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,7 +95,7 @@ def test_json_holds_the_report_and_the_checks(
 def test_check_of_the_reference_passes_for_every_operator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch, "AUTO", {"cpu": ("reference",), "cuda": ("reference",)})
+    monkeypatch.setattr(dispatch, "BACKENDS", ("reference",))
     monkeypatch.setattr(doctor, "DTYPES", (torch.float64, torch.float32))
     checks = list(doctor.check())
     assert {check.operator for check in checks} == {operator for operator, _ in dispatch.KERNELS}
@@ -140,3 +152,17 @@ def test_dtype_that_a_backend_refuses_is_skipped(
     status, out = run(capsys, "--check")
     assert status == 0
     assert out.splitlines()[-1].startswith("SKIP") and "float32 is not served" in out
+
+
+def test_cases_that_a_backend_refuses_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_backend(monkeypatch, "attention_map_kl", "cpp", None)
+    kernel = dispatch.Kernel(
+        load=lambda: reference.attention_map_kl,
+        refuses=lambda **given: "no js" if given["direction"] == "js" else None,
+    )
+    monkeypatch.setitem(dispatch.KERNELS, ("attention_map_kl", "cpp"), kernel)
+    status, out = run(capsys, "--check")
+    assert status == 0 and out.splitlines()[-1].startswith("PASS")
+    assert out.endswith("not served: 'scores, js', 'probabilities, js'\n")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kdfast import reference
+from kdfast.errors import BackendError
 from kdfast.reference.product import without_autocast
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
@@ -85,13 +86,15 @@ def run(operator: str, backend: str, device: torch.device, /, **arguments: Any) 
             function, _ = KERNELS[operator, candidate].loaded()
             assert function is not None
             return function(**arguments)
-    reasons = "\n".join(
-        f"  {name}: {_reason_against(operator, name, arguments) or 'can serve this call'}"
+    reasons = {
+        name: _reason_against(operator, name, arguments) or "can serve this call"
         for name in BACKENDS
-    )
-    raise RuntimeError(
+    }
+    lines = [f"  {name}: {reason}" for name, reason in reasons.items()]
+    raise BackendError(
         f"{operator}: backend={backend!r} cannot serve this call.\n"
-        f"inputs: {_describe(arguments)}\n{reasons}"
+        + "\n".join([f"inputs: {_describe(arguments)}", *lines]),
+        reasons,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 
 KERNEL_BACKENDS = ("cpp", "triton", "cuda")
 COMPILED = {"cpp": "_cpu", "cuda": "_cuda"}
+DEVICE = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 LIBRARY = torch.library.Library("kdfast", "FRAGMENT")
 
@@ -59,7 +60,7 @@ def load(backend: str, operator: str, names: Iterable[str]) -> None:
         )
     torch.ops.load_library(str(file))
     for name in names:
-        if not _implemented(f"{name}_{backend}", "CPU" if backend == "cpp" else "CUDA"):
+        if not _implemented(f"{name}_{backend}", DEVICE[backend].upper()):
             raise ImportError(f"{file.name} has no {name}: it was built from other sources")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from kdfast import cli, reference
 from kdfast.benchmarks import attention_kl, harness
+from kdfast.errors import BackendError
 from kdfast.ops import dispatch
 
 CPU = torch.device("cpu")
@@ -127,6 +128,22 @@ def test_wrong_output_fails_the_run(
 
 
 @pytest.mark.usefixtures("ceilings")
+def test_row_that_a_backend_refuses_is_skipped(
+    bench: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = dispatch.Kernel(lambda: print, refuses=lambda **_: "float32 is not served")
+    monkeypatch.setitem(dispatch.KERNELS, ("attention_map_kl", "cpp"), kernel)
+    file = tmp_path / "results.json"
+    status, _, _ = bench(
+        "attention_map_kl", "--quick", "--only", "scores", "--seconds", "0.01", "--json", file
+    )
+    (row,) = json.loads(file.read_text())["rows"]
+    assert status == 0 and not row["wrong"]
+    assert row["variants"]["kdfast cpp"]["skipped"] == "float32 is not served"
+    assert row["variants"]["kdfast reference"]["seconds"]
+
+
+@pytest.mark.usefixtures("ceilings")
 def test_baseline_out_of_memory_is_recorded_and_the_run_goes_on(
     bench: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +183,10 @@ def check_every_variant(row: harness.Row, device: torch.device) -> None:
     limit = {"float32": 1e-5}.get(row.dtype, 0.1)
     for name, function in problem.variants().items():
         if name != "compile":
-            outputs = harness.once(*harness.runner(problem, row.over, function))
+            try:
+                outputs = harness.once(*harness.runner(problem, row.over, function))
+            except BackendError:
+                continue
             assert max(harness.errors(exact, outputs).values()) < limit, name
 
 
