@@ -52,6 +52,16 @@ static void row_of_scores(Direction direction, Row<Real>& row, bool gradient, Re
     }
 }
 
+// log(p / q), where p is not zero: of the quotient, or apart where it is no normal number.
+template <class Real>
+static inline Vec<Real> log_ratio(Vec<Real> p, Vec<Real> q) {
+    const Real least = Types<Real>::SMALLEST;
+    const Vec<Real> ratio = p / q;
+    const Ints<Real> normal = (ratio > least) & (ratio < 1 / least);
+    if (any<Real>(~(normal | (p == Real(0))))) return logarithm<Real>(p) - logarithm<Real>(q);
+    return logarithm_of_normal<Real>(ratio, ratio - Real(1), Ints<Real>{});
+}
+
 template <class Real, int D>
 static void divergence_of_probabilities(Row<Real>& row) {
     Vec<Real> from_s = {}, from_t = {};
@@ -63,9 +73,8 @@ static void divergence_of_probabilities(Row<Real>& row) {
             from_s += zero_where<Real>(zero_s, p_s * logarithm<Real>(p_s / middle, h));
             from_t += zero_where<Real>(zero_t, p_t * logarithm<Real>(p_t / middle, -h));
         } else {
-            const Vec<Real> log_ratio = logarithm<Real>(p_t) - logarithm<Real>(p_s);
-            if (D == FORWARD) from_t += zero_where<Real>(zero_t, p_t * log_ratio);
-            if (D == REVERSE) from_s -= zero_where<Real>(zero_s, p_s * log_ratio);
+            if (D == FORWARD) from_t += zero_where<Real>(zero_t, p_t * log_ratio<Real>(p_t, p_s));
+            if (D == REVERSE) from_s += zero_where<Real>(zero_s, p_s * log_ratio<Real>(p_s, p_t));
         }
     }
     row.inner = sum<Real>(from_s);
@@ -84,8 +93,7 @@ static void differential_of_probabilities(Row<Real>& row, Real g) {
         if (D == FORWARD) {
             d = zero_where<Real>(p_t == Real(0), p_t / p_s * -g);
         } else if (D == REVERSE) {
-            const Vec<Real> log_ratio = logarithm<Real>(p_s) - logarithm<Real>(p_t);
-            d = zero_where<Real>(zero_s, (log_ratio + Real(1)) * g);
+            d = zero_where<Real>(zero_s, (log_ratio<Real>(p_s, p_t) + Real(1)) * g);
         } else {
             const Vec<Real> middle = (p_s + p_t) / Real(2), h = (p_s - p_t) / Real(2) / middle;
             d = zero_where<Real>(zero_s, logarithm<Real>(p_s / middle, h) * (g / 2));

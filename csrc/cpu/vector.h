@@ -152,25 +152,30 @@ static inline Vec<Real> exponential(Vec<Real> x, Ints<Real>& none) {
     return with_bits<Real>(((Ints<Real>)p + power) & ~none);
 }
 
-// log x where `delta` = x - 1 is known better than from x (as a difference over a sum, say).
+// log x of normal x, less that of 2^LIFTED in lanes `lifted`, where `delta` = x - 1 is
+// known better than from x (as a difference over a sum, say).
 template <class Real>
-static inline Vec<Real> logarithm(Vec<Real> x, Vec<Real> delta) {
+static inline Vec<Real> logarithm_of_normal(Vec<Real> x, Vec<Real> delta, Ints<Real> lifted) {
     using T = Types<Real>;
-    const Ints<Real> small = (x < T::SMALLEST) & (x > Real(0));
-    const Vec<Real> lifted = small ? x * T::LIFT : x;
     // x = 2^k (1 + f) with 1 + f in [root 1/2, root 2)
-    const Ints<Real> bits = (Ints<Real>)lifted;
+    const Ints<Real> bits = (Ints<Real>)x;
     const Ints<Real> k = (bits - T::ROOT_HALF) >> T::MANTISSA;
     const Vec<Real> mantissa = with_bits<Real>(bits - (k << T::MANTISSA));
-    const Vec<Real> f = (k == 0) & ~small ? delta : mantissa - Real(1);
+    const Vec<Real> f = (k == 0) & ~lifted ? delta : mantissa - Real(1);
     const Vec<Real> s = f / (f + Real(2)), z = s * s;
     Vec<Real> series = splat<Real>(Real(2) / (2 * T::LOG_TERMS + 1));
 #pragma GCC unroll 16
     for (int i = T::LOG_TERMS - 1; i >= 1; i--) series = series * z + Real(2) / (2 * i + 1);
     const Vec<Real> fraction = s * Real(2) + s * (z * series);
-    const Ints<Real> lift = small & T::LIFTED;
-    const Vec<Real> exponent = __builtin_convertvector(k - lift, Vec<Real>);
-    Vec<Real> y = exponent * T::LN2_HIGH + (exponent * T::LN2_LOW + fraction);
+    const Vec<Real> exponent = __builtin_convertvector(k - (lifted & T::LIFTED), Vec<Real>);
+    return exponent * T::LN2_HIGH + (exponent * T::LN2_LOW + fraction);
+}
+
+template <class Real>
+static inline Vec<Real> logarithm(Vec<Real> x, Vec<Real> delta) {
+    using T = Types<Real>;
+    const Ints<Real> small = (x < T::SMALLEST) & (x > Real(0));
+    Vec<Real> y = logarithm_of_normal<Real>(small ? x * T::LIFT : x, delta, small);
     const Real infinity = Real(__builtin_inf());
     y = x == infinity ? x : y;
     y = x == Real(0) ? splat<Real>(-infinity) : y;
