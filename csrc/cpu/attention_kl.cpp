@@ -235,7 +235,9 @@ struct Call {
         }
         const int64_t scratch = KDFAST_CALL(attention_kl_scratch, problem, int64_t(pairs.size()));
         kdfast::for_each_item(int64_t(items.size()), scratch, [&](int64_t i, char* memory) {
-            KDFAST_CALL(attention_kl_item, problem, items[i], memory);
+            const std::size_t next = std::size_t(i + threads);
+            KDFAST_CALL(attention_kl_item, problem, items[i],
+                        next < items.size() ? &items[next] : nullptr, memory);
         });
         if (problem.gradients) {
             kdfast::for_each_item(int64_t(divided.size()), 0, [&](int64_t i, char*) {

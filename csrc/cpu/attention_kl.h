@@ -60,6 +60,8 @@ KDFAST_DECLARE(
     // Bytes that `attention_kl_item` works in, and those of one share's gradient of the keys.
     int64_t attention_kl_scratch(const attention_kl::Problem&, int64_t pairs);
     int64_t attention_kl_grad_key(const attention_kl::Problem&, const attention_kl::Item&);
-    void attention_kl_item(const attention_kl::Problem&, attention_kl::Item&, char* scratch);
+    // `next` is what the thread will probably do afterwards, or null.
+    void attention_kl_item(const attention_kl::Problem&, attention_kl::Item&,
+                           const attention_kl::Item* next, char* scratch);
     // Adds up the shares of a key head, in their order, and writes them where they belong.
     void attention_kl_finish(const attention_kl::Problem&, const attention_kl::Item* shares))

@@ -76,17 +76,62 @@ static Tile<Real> tile_of(const Visible& visible, int64_t index) {
     return tile;
 }
 
+// Brings the queries and keys of the next item into the cache while this one computes: the rows of
+// a head lie apart, and where they are few, the core would wait for them longer than it needs them.
+struct Ahead {
+    static constexpr int64_t MOST_BYTES = 160 << 10, LINE = 64;
+    struct Rows {
+        const char* row;
+        int64_t bytes, step, left;
+    };
+    Rows rows[4] = {};
+    int current = 4;
+
+    Ahead(const Problem& problem, const Item* next) {
+        if (next == nullptr || problem.mean_heads) return;
+        const Pair& pair = problem.pairs[next->pair];
+        const int64_t size = size_of(problem.storage);
+        const int64_t total =
+            (problem.queries + problem.keys) * (pair.s.width + pair.t.width) * size;
+        if (next->parts > 1 || total > MOST_BYTES) return;
+        const int64_t head = next->key_head * (pair.s.heads / pair.s.key_heads);
+        const Side* sides[2] = {&pair.t, &pair.s};
+        for (int i = 0; i < 2; i++) {
+            const Side& side = *sides[i];
+            const int64_t key_head = head / (side.heads / side.key_heads), bytes = side.width * size;
+            const auto of = [&](const char* start, const int64_t* stride, int64_t h, int64_t n) {
+                const int64_t offset = next->batch * stride[0] + h * stride[1];
+                return Rows{start + offset * size, bytes, stride[2] * size, n};
+            };
+            rows[2 * i] = of(side.key, side.key_stride, key_head, problem.keys);
+            rows[2 * i + 1] = of(side.query, side.query_stride, head, problem.queries);
+        }
+        current = 0;
+    }
+
+    // Of many rows' memory a core can wait for a few at a time only: two now and then.
+    void fetch_two() {
+        for (int i = 0; i < 2 && current < 4; i++) {
+            Rows& from = rows[current];
+            for (int64_t at = 0; at < from.bytes; at += LINE) __builtin_prefetch(from.row + at);
+            from.row += from.step;
+            if (--from.left == 0) current++;
+        }
+    }
+};
+
 // out [keys][queries] = keys [.., width] x queries [width][queries], -inf where a row sees no key.
 template <class Real, int V>
 static NOINLINE void tile_scores(const Real* queries, const Real* keys, int64_t stride,
                                  int64_t width, const Tile<Real>& tile, Real* out,
-                                 Vec<Real>* maximum) {
+                                 Vec<Real>* maximum, Ahead& ahead) {
     constexpr int lanes = LANES<Real>, R = rows_of(V);
     const int64_t n = tile.end - tile.begin;
     const Vec<Real> hidden = splat<Real>(Real(-__builtin_inf()));
     keys += tile.begin * stride;
     for (int v = 0; v < V; v++) maximum[v] = hidden;
     for (int64_t j = 0; j < n; j += R) {
+        ahead.fetch_two();
         const Real* key[R];
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) key[r] = keys + least(j + r, n - 1) * stride;
@@ -267,6 +312,7 @@ struct Worker {
     const int64_t batch;
     Scratch<Real> scratch;
     Real* grad_key;
+    Ahead ahead;
     double loss = 0;
 
     // Query heads that share one student key head, each with a teacher head of its own.
@@ -437,12 +483,12 @@ struct Worker {
         }
     }
 
-    static void scores(const Real* queries, const Real* keys, int64_t stride, int64_t width,
-                       const Tile<Real>& tile, Real* out, Vec<Real>* maximum) {
+    void scores(const Real* queries, const Real* keys, int64_t stride, int64_t width,
+                const Tile<Real>& tile, Real* out, Vec<Real>* maximum) {
         const auto function = tile.vectors == 3   ? tile_scores<Real, 3>
                               : tile.vectors == 2 ? tile_scores<Real, 2>
                                                   : tile_scores<Real, 1>;
-        function(queries, keys, stride, width, tile, out, maximum);
+        function(queries, keys, stride, width, tile, out, maximum, ahead);
     }
 
     char* grad_query_row(int64_t head, int64_t row) const {
@@ -534,10 +580,11 @@ static int64_t grad_key_bytes(const Problem& problem, const Item& item) {
 }
 
 template <class Real>
-static void run(const Problem& problem, Item& item, char* memory) {
+static void run(const Problem& problem, Item& item, const Item* next, char* memory) {
     const Pair& pair = problem.pairs[item.pair];
     const Visible& visible = problem.visible[item.batch];
-    Worker<Real> worker{problem, pair, visible, item.batch, {problem, pair, memory}, nullptr};
+    Worker<Real> worker{problem, pair, visible, item.batch, {problem, pair, memory}, nullptr,
+                        {problem, next}};
     if (problem.gradients) {
         if (item.parts == 1) item.grad_key = reinterpret_cast<char*>(worker.scratch.grad_key);
         memset(item.grad_key, 0, grad_key_bytes<Real>(problem, item));
@@ -576,11 +623,11 @@ int64_t attention_kl_grad_key(const Problem& problem, const Item& item) {
                                   : grad_key_bytes<float>(problem, item);
 }
 
-void attention_kl_item(const Problem& problem, Item& item, char* scratch) {
+void attention_kl_item(const Problem& problem, Item& item, const Item* next, char* scratch) {
     if (problem.storage == F64) {
-        run<double>(problem, item, scratch);
+        run<double>(problem, item, next, scratch);
     } else {
-        run<float>(problem, item, scratch);
+        run<float>(problem, item, next, scratch);
     }
 }
 

@@ -85,6 +85,7 @@ def attention_kl(
     Raises:
         ValueError, TypeError: an argument is not as above; the message names it.
         RuntimeError: a backend asked for by name cannot serve the call; second derivatives.
+            torch.func transforms and batched backwards (`is_grads_batched`) are not supported.
 
     Source:
         Aguilar et al., "Knowledge Distillation from Internal Representations", AAAI 2020 (the KL
@@ -420,7 +421,8 @@ class _AttentionKL(torch.autograd.Function):
         inputs = (*sides, *masks, scale_s, scale_t, *ctx.options, direction)
         if fused:
             losses, *gradients = _FUSED[backend](*inputs, reduction, ctx.tokens_first)
-            # Beside the saved tensors, so that backward may scale the gradients where they lie.
+            # Beside the saved tensors, so that backward may scale the gradients where they lie;
+            # what packs saved tensors (offloading) does not see them.
             compiling = torch.compiler.is_compiling()
             ctx.made = None if compiling else gradients
             extra = gradients if compiling else ()
@@ -438,9 +440,7 @@ class _AttentionKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        everything = ctx.saved_tensors  # one read: each unpacks anew
-        if ctx.inference:
-            everything = tuple(ctx.inference.get(i, x) for i, x in enumerate(everything))
+        everything = dispatch.restored(ctx)
         masks, tensors = everything[:3], everything[3 : 3 + 4 * ctx.pairs]
         saved = everything[3 + 4 * ctx.pairs :]
         with torch.no_grad():
@@ -655,7 +655,6 @@ def _refused_by_hopper(
     query_s: Tensor | list[Tensor],
     key_s: Tensor | list[Tensor],
     query_t: Tensor | list[Tensor],
-    key_t: Tensor | list[Tensor],
     cu_seqlens: Tensor | None,
     scale_s: float | list[float] | None,
     scale_t: float | list[float] | None,
@@ -665,34 +664,34 @@ def _refused_by_hopper(
     match_heads: str | None,
     **others: Any,
 ) -> str | None:
-    """What the tensor-core kernels of csrc/cuda do not serve."""
-    tensors = [
-        x
-        for side in (query_s, key_s, query_t, key_t)
-        for x in (side if isinstance(side, list) else [side])
-    ]
-    first = tensors[0]
+    """What the tensor-core kernels of csrc/cuda do not serve.
+
+    They copy what is not aligned to 16 bytes, so that strides and addresses are no reason.
+    """
+    queries = [x if isinstance(x, list) else [x] for x in (query_s, query_t)]
+    first = queries[0][0]
     if first.dtype not in (torch.bfloat16, torch.float16):
         return f"{first.dtype} is not bfloat16 or float16"
     if torch.cuda.get_device_capability(first.device) != (9, 0):
         return "the GPU is not of compute capability 9.0 (Hopper)"
     if direction == "js" or cu_seqlens is not None or match_heads is not None:
         return "direction='js', cu_seqlens and match_heads are left to triton"
-    pairs = len(tensors) // 4
-    for i, x in enumerate(tensors):
-        width = x.shape[-1]
-        if relation_heads is not None:  # keys are expanded to the heads of their queries
-            width *= tensors[i if i // pairs % 2 == 0 else i - pairs].shape[1]
-            width //= relation_heads
-        if width % 8 or width > 128:
-            return f"a head of width {width} is not a multiple of 8 up to 128"
-        aligned = torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
-        if relation_heads is None and not (aligned and all(n % 8 == 0 for n in x.stride()[:-1])):
-            return f"rows of strides {list(x.stride())} are not aligned to 16 bytes"
-    for scales in (scale_s, scale_t):
-        for scale in scales if isinstance(scales, list) else [scales]:
-            if scale is not None and not 1e-6 <= scale / temperature <= 1e6:
-                return f"scale / temperature = {scale / temperature:g} is outside 1e-6 ... 1e6"
+    keys = (key_s[0] if isinstance(key_s, list) else key_s).shape[2]
+    if max(first.shape[2], keys) > 200_000:
+        return "a sequence has more than 200000 tokens"
+    for side, scale in zip(queries, (scale_s, scale_t), strict=True):
+        factors = scale if isinstance(scale, list) else [scale] * len(side)
+        for query, factor in zip(side, factors, strict=True):
+            heads, width = query.shape[1], query.shape[3]
+            if relation_heads is not None:
+                heads, width = relation_heads, heads * width // relation_heads
+            if width % 8 or width > 128:
+                return f"a head of width {width} is not a multiple of 8 up to 128"
+            if max(query.shape[0], heads) > 65535:
+                return "there are more than 65535 heads, or samples in the batch"
+            factor = (width**-0.5 if factor is None else factor) / temperature
+            if not 1e-6 <= factor <= 1e6:
+                return f"scale / temperature = {factor:g} is outside 1e-6 ... 1e6"
     return None
 
 

@@ -177,10 +177,7 @@ class _AttentionMapKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        if ctx.inference:
-            saved = tuple(ctx.inference.get(i, x) for i, x in enumerate(saved))
-        attention_mask, map_s, map_t, count, rows, inner, lse_s, lse_t = saved
+        attention_mask, map_s, map_t, count, rows, inner, lse_s, lse_t = dispatch.restored(ctx)
         grad_s: Tensor | None = None
         grad_t: Tensor | None = None
         with torch.no_grad():

@@ -176,6 +176,12 @@ def kept(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if i in ctx.inference else x for i, x in enumerate(tensors)]
 
 
+def restored(ctx: Any) -> tuple[Any, ...]:
+    """What `kept` was given. One read: each unpacks anew."""
+    saved: tuple[Any, ...] = ctx.saved_tensors
+    return tuple(ctx.inference.get(i, x) for i, x in enumerate(saved)) if ctx.inference else saved
+
+
 def first_derivatives(
     operator: str, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
