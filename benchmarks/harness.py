@@ -253,7 +253,7 @@ def measure(
         except BackendError as error:
             record["skipped"] = error.reasons[name.removeprefix("kdfast ")]
         except Exception as error:
-            reason = "out of memory" if _out_of_memory(error) else _one_line(error)
+            reason = "out of memory" if _out_of_memory(error) else one_line(error)
             record["skipped"] = reason
             if name.startswith("kdfast"):
                 wrong.append(f"{name}: {reason}")
@@ -332,7 +332,7 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Without paths: results are published."""
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {re.sub(r'(?:/[^/ :]+){2,}/?', '...', text)}"[:200]
@@ -525,7 +525,7 @@ def run(
         seconds = 0.5 if quick else 15.0 if device.type == "cpu" else 1.5
     rounds = (3, 5) if quick else (5, 25) if device.type == "cpu" else (10, 50)
     clock = Clock(device)
-    with _progress(len(rows) + 1) as (say, advance):
+    with progress(len(rows) + 1) as (say, advance):
         say("ceilings")
         results["ceilings"] = measure_ceilings(device, [row.dtype for row in rows])
         advance()
@@ -609,7 +609,7 @@ def versions() -> dict[str, str | None]:
     }
 
 
-class _progress:
+class progress:
     """A bar on a terminal that has tqdm, else a line for each row."""
 
     def __init__(self, total: int) -> None:

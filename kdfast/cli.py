@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,10 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--from", type=Path, metavar="FILE", dest="source",
         help="measure nothing: show and report the results of an earlier --json",
     )  # fmt: skip
-    sub.add_argument("--only", metavar="TEXT", default="", help="rows whose name holds TEXT")
+    sub.add_argument(
+        "--only", metavar="TEXT", default="", help="rows, or entries, whose name holds TEXT"
+    )
     sub.add_argument(
         "--quick", action="store_true", help="tiny rows without torch.compile: seconds"
     )
+    sub.add_argument(
+        "--tune", action="store_true",
+        help="measure other entries for the launch tables of the Triton kernels instead",
+    )  # fmt: skip
     sub.add_argument("--seconds", type=float, help="time for the rounds of each row")
     sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     sub.add_argument("--force", action="store_true", help="overwrite files that exist")
@@ -178,6 +185,8 @@ def _bench(options: argparse.Namespace) -> int:
                 f"have: {known}"
             )
     operators = options.operator or list(harness.OPERATORS)
+    if options.tune and (options.source or options.report or options.operator):
+        raise InputError("--tune takes --json and --only, no operator, --from or --report")
     if options.source and options.json:
         raise InputError("--from measures nothing: --json has nothing to write, leave it out")
     # Before measuring, which takes minutes.
@@ -205,15 +214,27 @@ def _bench(options: argparse.Namespace) -> int:
                 raise InputError(f"--{name} is {value}, should be above 0")
         if options.threads:
             torch.set_num_threads(options.threads)
+        if options.tune and device != "cuda":
+            raise InputError(f"--tune on {device}: launch tables are those of GPUs")
         for folder in filter(None, (options.json and options.json.parent, options.report)):
             folder.mkdir(parents=True, exist_ok=True)
+
+        def write(state: dict[str, Any]) -> None:
+            if options.json:
+                harness.write_json(options.json, state)
+
+        if options.tune:
+            from kdfast.benchmarks import tune
+
+            print(tune.text(tune.run(torch.device(device), only=options.only, write=write)))
+            return 0
         results = harness.run(
             operators,
             torch.device(device),
             which="quick" if options.quick else None,
             only=options.only,
             seconds=options.seconds,
-            write=lambda state: harness.write_json(options.json, state) if options.json else None,
+            write=write,
         )
     if options.report:
         report.write_report(options.report, results)
