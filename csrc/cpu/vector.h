@@ -179,7 +179,7 @@ static inline Vec<Real> logarithm(Vec<Real> x, Vec<Real> delta) {
     const Real infinity = Real(__builtin_inf());
     y = x == infinity ? x : y;
     y = x == Real(0) ? splat<Real>(-infinity) : y;
-    return (x < Real(0)) | (x != x) ? splat<Real>(Real(__builtin_nan(""))) : y;
+    return ((x < Real(0)) | (x != x)) ? splat<Real>(Real(__builtin_nan(""))) : y;
 }
 
 template <class Real>
