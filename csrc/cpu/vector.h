@@ -95,11 +95,12 @@ static inline Vec<Real> splat(Real x) {
     return x - Vec<Real>{};  // x itself, -0 too
 }
 
-// Holds x in a register. The compiler would otherwise load it again for each use, or turn a mask
-// into a blend, and so spend what the multiplications need.
+// Holds x in a register. g++ would otherwise load it again for each use, or turn a mask into a
+// blend, and so spend what the multiplications need; clang does better left alone.
 template <class V>
 static inline void hold(V& x) {
-#if defined(__AVX512F__)
+#if defined(__clang__)
+#elif defined(__AVX512F__)
     asm("" : "+v"(x));
 #elif defined(__x86_64__) && !defined(KDFAST_VECTOR_BYTES)
     asm("" : "+x"(x));
