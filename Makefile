@@ -18,7 +18,7 @@ run := $(PYTHON) -m #
 endif
 now := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help distill test test-all bench gpu lint clean
+.PHONY: help distill test test-all bench gpu gpu-build gpu-test gpu-sanitize lint clean
 .NOTPARALLEL:  # two pips in one environment break each other
 
 help:  ## this list
@@ -37,20 +37,81 @@ bench: $(runtime)  ## the benchmarks' CPU set, about ten minutes: JSON, tables a
 	$(run)kdfast bench --device cpu --json runs/bench/cpu-$(now)/results.json \
 		--report runs/bench/cpu-$(now) $(ARGS)
 
-# The files with GPU tests; others import packages that such a machine need not have.
-gpu_tests := $(addprefix $(CURDIR)/tests/,csrc kernels benchmarks ops/test_kernels.py)
+gpu_built := cd build/gpu && export PYTHONPATH=$(CURDIR)/build/gpu &&
+gpu_pytest := $(python) -m pytest -c $(CURDIR)/pyproject.toml -m gpu
 
-# Installs nothing and needs no network: torch, triton and pytest are all that PYTHON must have. What
-# an installation would hold is built into build/gpu, where kernels and benchmarks lie in kdfast as
-# they should. The benchmarks run also when a test failed; either fails the target.
-gpu:  ## on a CUDA machine: build, run the GPU tests, measure the benchmarks' CUDA set
-	@$(python) -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no CUDA device here'"
+# What is missing is said before anything is built; the answer is the architecture to build for.
+define gpu_machine
+import importlib.util, sys, torch
+missing = [x for x in ("setuptools", "pytest", "triton") if importlib.util.find_spec(x) is None]
+if missing:
+    sys.exit(f"make gpu needs {', '.join(missing)} beside PyTorch: pip install {' '.join(missing)}")
+import setuptools
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"setuptools is {setuptools.__version__}, should be 77 or later: it reads pyproject.toml")
+if not torch.cuda.is_available():
+    sys.exit("PyTorch sees no CUDA device here")
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + "a" * (major == 9))
+endef
+define gpu_library
+import sys
+from kdfast import doctor
+found = doctor.report()
+compiler, library = found["versions"]["nvcc"], found["libraries"]["kdfast/_cuda"]
+if compiler and not library:
+    sys.exit(f"{compiler} is here, but kdfast/_cuda was not built; the reason is above")
+print("kdfast/_cuda:", library or "no nvcc, so its tests are skipped")
+endef
+export gpu_machine gpu_library
+
+# Installs nothing and needs no network: torch, triton, setuptools and pytest are all that PYTHON
+# must have, and nvcc for the kernels in CUDA C++. What an installation would hold is built into
+# build/gpu, where kernels and benchmarks lie in kdfast as they should, for the GPU that is here
+# unless TORCH_CUDA_ARCH_LIST says otherwise.
+gpu-build:
 	rm -rf build/gpu
+	architecture=$$($(python) -c "$$gpu_machine") && \
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$architecture}" KDFAST_BUILD=cuda \
 	$(python) setup.py --quiet build --build-lib build/gpu
-	cd build/gpu && export PYTHONPATH=$(CURDIR)/build/gpu && \
-	{ $(python) -m pytest -c $(CURDIR)/pyproject.toml -m gpu $(gpu_tests); tested=$$?; \
+	$(gpu_built) $(python) -c "$$gpu_library"
+
+# The files with GPU tests; others import packages that such a machine need not have. Their time goes
+# into Triton, which compiles one kernel after the other, so that several processes share them.
+gpu_ladder := $(CURDIR)/tests/ops/test_kernels.py
+define gpu_tests
+part() { said=$$($(gpu_pytest) "$$@" 2>&1) || touch failed; echo "$$said"; }; \
+part $(CURDIR)/tests/csrc & \
+part $(CURDIR)/tests/kernels $(CURDIR)/tests/benchmarks & \
+part $(gpu_ladder) -k cuda & \
+part $(gpu_ladder) -k "triton and rows" & \
+part $(gpu_ladder) -k "triton and scalar" & \
+part $(gpu_ladder) -k "triton and not rows and not scalar" & \
+wait
+endef
+gpu-test: gpu-build  ## on a CUDA machine: build, run the GPU tests
+	$(gpu_built) { $(gpu_tests); } && test ! -e failed
+
+# The benchmarks run also when a test failed; either fails the target.
+gpu: gpu-build  ## on a CUDA machine: build, run the GPU tests, measure the benchmarks' CUDA set
+	$(gpu_built) { $(gpu_tests); } && \
 	$(python) -m kdfast bench --device cuda --json $(CURDIR)/runs/bench/cuda-$(now)/results.json \
-		--report $(CURDIR)/runs/bench/cuda-$(now) $(ARGS) && exit $$tested; }
+		--report $(CURDIR)/runs/bench/cuda-$(now) $(ARGS) && test ! -e failed
+
+# Without the cache of PyTorch's allocator each tensor is an allocation of its own. initcheck must
+# see the kernels that fill the inputs; the other tools look at ours alone.
+gpu-sanitize: export PATH := $(PATH):/usr/local/cuda/bin
+gpu-sanitize:  ## on a CUDA machine: compute-sanitizer over a few tests of the CUDA C++ kernels
+	@command -v compute-sanitizer > /dev/null || \
+		{ echo "compute-sanitizer is not on the path; it is part of the CUDA toolkit"; exit 1; }
+	$(MAKE) gpu-build
+	$(gpu_built) export PYTORCH_NO_CUDA_MEMORY_CACHING=1 && failed= && \
+	for tool in memcheck racecheck synccheck initcheck; do \
+		test $$tool = initcheck && ours= || ours="--kernel-regex kns=kdfast"; \
+		compute-sanitizer --tool $$tool $$ours --error-exitcode 1 \
+			$(gpu_pytest) -k every_branch $(CURDIR)/tests/csrc || failed="$$failed $$tool"; \
+	done; \
+	test -z "$$failed" || { echo "compute-sanitizer found errors:$$failed"; exit 1; }
 
 lint: $(lint)  ## ruff (rules and format) and mypy
 	$(run)ruff check .

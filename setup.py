@@ -1,20 +1,24 @@
 """Packages, and the two compiled libraries.
 
-The libraries are compiled by ninja against PyTorch's stable ABI, and hold no Python symbols, so one
-build serves every Python and every later PyTorch. Both are optional: without a compiler, or when
-compilation fails, kdfast installs without them and says so in `kdfast doctor`.
+The libraries are compiled against PyTorch's stable ABI, by ninja where there is one, and hold no
+Python symbols, so one build serves every Python and every later PyTorch. Both are optional: without
+a compiler, or when compilation fails, kdfast installs without them and says so in `kdfast doctor`.
 
     TORCH_CUDA_ARCH_LIST   the GPUs to compile for, as in "8.0 9.0a"; what follows is the default
     KDFAST_BUILD           the libraries to build, of "cpu,cuda" (default: both, where possible)
     MAX_JOBS               parallel compilations
 """
 
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -59,8 +63,17 @@ def gencode() -> list[str]:
     return flags
 
 
+class Step(NamedTuple):
+    """One command, which makes `output` of `inputs` and the headers it includes."""
+
+    command: list[str]
+    inputs: list[Path]
+    output: Path
+    headers: bool = False  # the command notes them in `output`.d
+
+
 class Build(build_ext):
-    """Compiles an extension's library by a ninja file of its own."""
+    """Compiles an extension's library: by ninja what has changed, or else all of it."""
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -69,10 +82,15 @@ class Build(build_ext):
         # has changed since the last one.
         folder = ROOT.resolve() / "build" / extension.name
         folder.mkdir(parents=True, exist_ok=True)
-        recipe = {"kdfast._cpu": cpu_recipe, "kdfast._cuda": cuda_recipe}[extension.name]
+        steps_of = {"kdfast._cpu": cpu_steps, "kdfast._cuda": cuda_steps}[extension.name]
         try:
-            (folder / "build.ninja").write_text(recipe(folder, target))
-            self.ninja(folder)
+            steps = steps_of(folder, target)
+            if shutil.which("ninja"):
+                by_ninja(["ninja"], folder, steps)
+            elif importlib.util.find_spec("ninja"):
+                by_ninja([sys.executable, "-m", "ninja"], folder, steps)
+            else:
+                by_threads(steps)
         except (OSError, ImportError, ValueError, subprocess.CalledProcessError) as error:
             from distutils.errors import CompileError
 
@@ -82,16 +100,35 @@ class Build(build_ext):
             # `optional` makes setuptools go on without the library.
             raise CompileError(f"{extension.name}: {error}") from error
 
-    def ninja(self, folder: Path) -> None:
-        jobs = os.environ.get("MAX_JOBS")
-        command = ["-C", str(folder), *(["-j", jobs] if jobs else [])]
-        ninja = shutil.which("ninja")
-        subprocess.run([ninja, *command] if ninja else [sys.executable, "-m", "ninja", *command],
-                       check=True)  # fmt: skip
+
+JOBS = os.environ.get("MAX_JOBS")
 
 
-def escape(value: object) -> str:
-    return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def by_ninja(ninja: list[str], folder: Path, steps: list[Step]) -> None:
+    def escape(value: object) -> str:
+        return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = ["rule compile", "  command = $run", "  depfile = $out.d", "  deps = gcc",
+             "rule link", "  command = $run"]  # fmt: skip
+    for step in steps:
+        rule = "compile" if step.headers else "link"
+        lines += [
+            f"build {escape(step.output)}: {rule} {' '.join(map(escape, step.inputs))}",
+            f"  run = {shlex.join(step.command).replace('$', '$$')}",
+        ]
+    (folder / "build.ninja").write_text("\n".join([*lines, ""]))
+    subprocess.run([*ninja, "-C", str(folder), *(["-j", JOBS] if JOBS else [])], check=True)
+
+
+def by_threads(steps: list[Step]) -> None:
+    *independent, last = steps
+
+    def run(step: Step) -> None:
+        subprocess.run(step.command, check=True)
+
+    with ThreadPoolExecutor(int(JOBS or os.cpu_count() or 1)) as pool:
+        list(pool.map(run, independent))
+    run(last)
 
 
 def torch_paths() -> tuple[list[str], str]:
@@ -100,80 +137,69 @@ def torch_paths() -> tuple[list[str], str]:
 
     package = Path(torch.__file__).parent
     include = package / "include"
-    folders = [include, include / "torch" / "csrc" / "api" / "include", ROOT / "csrc"]
-    return [f'-I"{x}"' for x in folders], str(package / "lib")
+    folders = [include, include / "torch" / "csrc" / "api" / "include", ROOT.resolve() / "csrc"]
+    return [f"-I{x}" for x in folders], str(package / "lib")
 
 
-def cpu_recipe(folder: Path, target: Path) -> str:
+def cpu_steps(folder: Path, target: Path) -> list[Step]:
     compiler = os.environ.get("CXX") or next(
         (x for x in ("g++", "clang++", "c++") if shutil.which(x)), None
     )
     if compiler is None:
         raise OSError("no C++ compiler (g++, clang++, or CXX) on the path")
+    cxx = shlex.split(compiler)
     includes, libraries = torch_paths()
     flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
              "-fno-trapping-math", "-Wall", "-Wno-psabi", STABLE_ABI, *includes]  # fmt: skip
-    lines = [
-        f"flags = {' '.join(flags)}",
-        "rule compile",
-        f"  command = {compiler} $flags $set -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f'  command = {compiler} -shared $in -o $out -L"{libraries}" -ltorch -ltorch_cpu',
-    ]
-    objects = []
+    steps = []
     x86 = os.uname().machine in ("x86_64", "AMD64")
-    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+    for source in sorted((ROOT.resolve() / "csrc" / "cpu").glob("*.cpp")):
         # NAME.cpp holds an operator's entry points; NAME.isa.cpp its arithmetic, compiled once for
         # each instruction set.
-        variants = {"": []}
+        variants: dict[str, list[str]] = {"": []}
         if source.name.endswith(".isa.cpp"):
             variants = INSTRUCTION_SETS if x86 else {"portable": []}
         for variant, options in variants.items():
             output = folder / f"{source.name}.{variant or 'plain'}.o"
-            objects.append(escape(output))
-            lines.append(f"build {escape(output)}: compile {escape(source)}")
-            if variant:
-                lines.append(f"  set = {' '.join([*options, f'-DKDFAST_ISA={variant}'])}")
-    lines.append(f"build {escape(target)}: link {' '.join(objects)}")
-    return "\n".join([*lines, f"default {escape(target)}", ""])
+            chosen = [*options, f"-DKDFAST_ISA={variant}"] if variant else []
+            steps.append(compilation([*cxx, *flags, *chosen], source, output))
+    objects = [step.output for step in steps]
+    link = [*cxx, "-shared", *map(str, objects), "-o", str(target),
+            f"-L{libraries}", "-ltorch", "-ltorch_cpu"]  # fmt: skip
+    return [*steps, Step(link, objects, target)]
 
 
-def cuda_recipe(folder: Path, target: Path) -> str:
+def cuda_steps(folder: Path, target: Path) -> list[Step]:
     compiler = nvcc()
     if compiler is None:
         raise OSError("nvcc is not on the path")
     includes, libraries = torch_paths()
+    codes = gencode()
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC",
              "-Xcompiler", "-fvisibility=hidden", "-lineinfo", "-DUSE_CUDA",
-             STABLE_ABI, *gencode(), *includes]  # fmt: skip
+             STABLE_ABI, *codes, *includes]  # fmt: skip
+    if any(code.endswith("code=sm_90a") for code in codes):
+        flags.append("-DKDFAST_SM_90A")
+    steps = [
+        compilation([compiler, *flags], source, folder / f"{source.name}.o")
+        for source in sorted((ROOT.resolve() / "csrc" / "cuda").glob("*.cu"))
+    ]
+    objects = [step.output for step in steps]
     # The library needs libtorch_cuda, which a build against a CPU PyTorch has not: an empty one of
     # the same name makes the linker ask for it.
     stub = folder / "stub" / "libtorch_cuda.so"
     stub.parent.mkdir(exist_ok=True)
-    lines = [
-        f"flags = {' '.join(flags)}",
-        "rule compile",
-        f"  command = {compiler} $flags -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule stub",
-        f"  command = {compiler} -shared -Xlinker -soname=libtorch_cuda.so "
-        "-x c++ /dev/null -o $out",
-        "rule link",
-        f'  command = {compiler} -shared $objects -o $out -cudart static -L"{libraries}" '
-        f'-L"{stub.parent}" -ltorch -ltorch_cpu -Xlinker --no-as-needed -ltorch_cuda',
-        f"build {escape(stub)}: stub",
-    ]
-    objects = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        output = folder / f"{source.name}.o"
-        objects.append(escape(output))
-        lines.append(f"build {escape(output)}: compile {escape(source)}")
-    lines.append(f"build {escape(target)}: link {' '.join(objects)} | {escape(stub)}")
-    lines.append(f"  objects = {' '.join(objects)}")
-    return "\n".join([*lines, f"default {escape(target)}", ""])
+    empty = [compiler, "-shared", "-Xlinker", "-soname=libtorch_cuda.so",
+             "-x", "c++", "/dev/null", "-o", str(stub)]  # fmt: skip
+    link = [compiler, "-shared", *map(str, objects), "-o", str(target), "-cudart", "static",
+            f"-L{libraries}", f"-L{stub.parent}", "-ltorch", "-ltorch_cpu",
+            "-Xlinker", "--no-as-needed", "-ltorch_cuda"]  # fmt: skip
+    return [*steps, Step(empty, [], stub), Step(link, [*objects, stub], target)]
+
+
+def compilation(compiler: list[str], source: Path, output: Path) -> Step:
+    command = [*compiler, "-MD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
+    return Step(command, [source], output, headers=True)
 
 
 def extensions() -> list[Extension]:

@@ -1,29 +1,22 @@
 // attention_kl on Hopper: checks, launches, registration.
 
 #include "attention_kl_kernels.cuh"
-
-#include <cuda_runtime.h>
+#include "entry.h"
 
 #include <algorithm>
 #include <climits>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
-
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 namespace kdfast::attention {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Code for other architectures is left empty; the host refuses to launch it.
+// Code for other architectures is left empty, and the host refuses to launch it. Only setup.py can
+// tell the host: nvcc shows it 900 for sm_90 and sm_90a alike.
+#ifdef KDFAST_SM_90A
+constexpr bool COMPILED = true;
+#else
+constexpr bool COMPILED = false;
+#endif
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 #define KDFAST_HOPPER
 #endif
@@ -103,6 +96,7 @@ struct Inputs {
 struct Call {
   Problem problem{};
   std::vector<Pair> pairs;
+  std::vector<Tensor> copies;  // of tensors that were not aligned
   int64_t batches;
   bool half;
   cudaStream_t stream;
@@ -110,17 +104,15 @@ struct Call {
   bool empty() const { return batches == 0; }
 };
 
-Operand describe(const Tensor& x, int64_t query_heads) {
+Operand describe(Tensor x, int64_t query_heads, std::vector<Tensor>& copies) {
   KDFAST_CHECK(x.is_cuda() && x.dim() == 4, "inputs should be [B, H, N, d] on a GPU");
   const int64_t width = x.size(3);
   KDFAST_CHECK(width % 8 == 0 && width <= 128, "head width is ", width,
                ", should be a multiple of 8 up to 128");
   KDFAST_CHECK(x.stride(3) == 1, "the last dimension should be dense");
-  bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
-  for (int i = 0; i < 3; ++i) aligned &= x.size(i) <= 1 || x.stride(i) % 8 == 0;
-  KDFAST_CHECK(aligned, "rows should start at multiples of 16 bytes");
   KDFAST_CHECK(x.size(1) > 0 && query_heads % x.size(1) == 0,
                "query heads should be a multiple of key heads");
+  if (!rows_aligned(x)) copies.push_back(x = torch::stable::clone(x));  // new memory is dense
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), int(width),
           int(query_heads / x.size(1))};
 }
@@ -146,6 +138,7 @@ Call describe(const Inputs& inputs, const std::optional<Tensor>& cu_seqlens, boo
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   KDFAST_CHECK(major == 9 && minor == 0, "the GPU has compute capability ", major, ".", minor,
                ", should be 9.0 (Hopper)");
+  KDFAST_CHECK(COMPILED, "this build has no code for sm_90a; add 9.0a to TORCH_CUDA_ARCH_LIST");
   KDFAST_CHECK(!cu_seqlens, "cu_seqlens is not served");
   KDFAST_CHECK(!mean_heads, "match_heads='mean' is not served");
   KDFAST_CHECK(direction == "forward" || direction == "reverse", "direction is '", direction,
@@ -158,12 +151,10 @@ Call describe(const Inputs& inputs, const std::optional<Tensor>& cu_seqlens, boo
   Problem& problem = call.problem;
   call.batches = query.size(0);
   call.half = dtype == ScalarType::Half;
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  call.stream = static_cast<cudaStream_t>(stream);
+  call.stream = current_stream(query);
   const int64_t queries = query.size(2), keys = key.size(2);
-  KDFAST_CHECK(call.batches <= 65535, "a batch of more than 65535");
-  KDFAST_CHECK(queries < 1 << 30 && keys < 1 << 30, "more than 2^30 tokens");
+  KDFAST_CHECK(call.batches <= BLOCKS, "a batch of more than ", BLOCKS);
+  KDFAST_CHECK(queries <= TOKENS && keys <= TOKENS, "more than ", TOKENS, " tokens");
   problem.band = Band(int(queries), int(keys), causal,
                       window ? int(std::min<int64_t>(*window, INT_MAX)) : -1);
   problem.banded = causal || window;
@@ -176,6 +167,7 @@ Call describe(const Inputs& inputs, const std::optional<Tensor>& cu_seqlens, boo
     const Tensor* sides[] = {&inputs.query_s[i], &inputs.key_s[i], &inputs.query_t[i],
                              &inputs.key_t[i]};
     const int64_t heads = sides[0]->size(1);
+    KDFAST_CHECK(heads <= BLOCKS, "more than ", BLOCKS, " heads");
     KDFAST_CHECK(sides[2]->size(1) == heads, "student and teacher differ in heads");
     for (int side = 0; side < 4; ++side) {
       const Tensor& x = *sides[side];
@@ -184,10 +176,10 @@ Call describe(const Inputs& inputs, const std::optional<Tensor>& cu_seqlens, boo
                    "inputs differ in dtype, device, batch or length");
     }
     Pair pair{};
-    pair.query_s = describe(*sides[0], heads);
-    pair.key_s = describe(*sides[1], heads);
-    pair.query_t = describe(*sides[2], heads);
-    pair.key_t = describe(*sides[3], heads);
+    pair.query_s = describe(*sides[0], heads, call.copies);
+    pair.key_s = describe(*sides[1], heads, call.copies);
+    pair.query_t = describe(*sides[2], heads, call.copies);
+    pair.key_t = describe(*sides[3], heads, call.copies);
     KDFAST_CHECK(pair.query_s.width == pair.key_s.width && pair.query_s.group == 1 &&
                      pair.query_t.width == pair.key_t.width,
                  "queries and keys differ in width");
@@ -205,7 +197,7 @@ Call describe(const Inputs& inputs, const std::optional<Tensor>& cu_seqlens, boo
   return call;
 }
 
-// launch(problem, pairs, first pair) for runs of pairs of equal widths, as many as a table holds.
+// launch(problem, first pair) for runs of pairs of equal widths, as many as a table and a grid hold.
 template <typename Launch>
 void in_runs(const Call& call, Launch launch) {
   for (size_t first = 0; first < call.pairs.size();) {
@@ -213,6 +205,7 @@ void in_runs(const Call& call, Launch launch) {
     const Pair& like = call.pairs[first];
     size_t end = first;
     while (end < call.pairs.size() && end - first < PAIRS &&
+           call.pairs[end].first_head + call.pairs[end].heads - like.first_head <= BLOCKS &&
            call.pairs[end].query_s.panels() == like.query_s.panels() &&
            call.pairs[end].query_t.panels() == like.query_t.panels()) {
       problem.pairs[end - first] = call.pairs[end];
@@ -234,16 +227,8 @@ void launch(const Call& call, Problem& problem, bool key_heads, int warpgroups, 
     pair.start = heads;
     heads += key_heads ? pair.heads / pair.key_s.group : pair.heads;
   }
-  KDFAST_CHECK(heads <= 65535, "more than 65535 heads");
   const size_t bytes = Memory::bytes(warpgroups, stages, problem.pairs[0].query_s.panels(),
                                      problem.pairs[0].query_t.panels(), moving);
-  KDFAST_CHECK(bytes <= 227 * 1024, moving, " tokens are more than the bits of shared memory");
-  static const bool compiled = [] {
-    cudaFuncAttributes attributes{};
-    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, KERNEL));
-    return attributes.numRegs > 32;  // a kernel left empty needs hardly any
-  }();
-  KDFAST_CHECK(compiled, "this build has no code for sm_90a; add 9.0a to TORCH_CUDA_ARCH_LIST");
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
   const int block_rows = warpgroups * ROWS;
@@ -303,8 +288,6 @@ void run_backward(const Call& call) {
     });
   });
 }
-
-float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
 // The gradients of all queries and of all keys of the students, one after the other.
 std::tuple<Tensor, Tensor> make_gradients(Call& call, const Inputs& inputs, ScalarType dtype) {

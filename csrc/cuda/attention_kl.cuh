@@ -11,20 +11,11 @@
 
 #pragma once
 
-#include <bit>
-#include <cmath>
-#include <cstdint>
+#include "exponential.cuh"
 
-#ifdef __CUDACC__
-#define KDFAST_INLINE __host__ __device__ __forceinline__
-#else
-#define KDFAST_INLINE inline
-#endif
+#include <bit>
 
 namespace kdfast::attention {
-
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
 
 // Tiles. A warpgroup (128 threads) holds 64 rows of scores, and meets 64 columns at a time.
 constexpr int ROWS = 64, COLUMNS = 64;
@@ -94,17 +85,6 @@ struct Band {
   KDFAST_INLINE static int clip(int x, int size) { return x < 0 ? 0 : x > size ? size : x; }
 };
 
-// One instruction, which takes results below 2^-126 to zero.
-KDFAST_INLINE float exp2_fast(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::exp2(x);
-#endif
-}
-
 // The same by arithmetic, to 2e-7; at least 2^-126. The special function unit gives 16 results a
 // cycle, so that some are better made elsewhere.
 KDFAST_INLINE float exp2_polynomial(float x) {
@@ -126,11 +106,13 @@ KDFAST_INLINE float exp2_polynomial(float x) {
 // A hidden score: so low that its exponential is exactly 0 beside any real one, yet finite, so that
 // 0 (u_t - u_s) is 0. It is taken times c, hence the limits on scales.
 constexpr float HIDDEN = -1e25f;
+// What maxima start at: above HIDDEN, since c HIDDEN less its own rounded value may be large.
+constexpr float LOWEST = HIDDEN / 2;
 constexpr double LEAST_SCALE = 1e-6, LARGEST_SCALE = 1e6;
 
 // A row of two maps as one thread has seen it.
 struct Row {
-  float m_s = HIDDEN, m_t = HIDDEN, l_s = 0.f, l_t = 0.f, a = 0.f;
+  float m_s = LOWEST, m_t = LOWEST, l_s = 0.f, l_t = 0.f, a = 0.f;
 
   // Moves the maxima to at least those given.
   KDFAST_INLINE void raise(float to_s, float to_t, float c_s, float c_t) {
@@ -188,7 +170,7 @@ KDFAST_INLINE void take(Row (&rows)[2], const float (&z_s)[PER_THREAD],
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Row& row = rows[half];
-    float largest_s = HIDDEN, largest_t = HIDDEN;
+    float largest_s = LOWEST, largest_t = LOWEST;
     each_of_row(half, [&](int i) {
       largest_s = fmaxf(largest_s, z_s[i]);
       largest_t = fmaxf(largest_t, z_t[i]);

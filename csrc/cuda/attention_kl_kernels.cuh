@@ -30,6 +30,9 @@ constexpr int STAGES_FORWARD = 3, STAGES_BACKWARD = 4;
 constexpr int WARPGROUPS_FORWARD = 4;  // at most, in a block
 constexpr int warpgroups_backward(int panels_s) { return panels_s == 1 ? 3 : 2; }
 constexpr int STATISTICS = 4;          // numbers per query, for dK
+constexpr int BLOCKS = 65535;          // of a grid's second and third dimension
+// A block keeps one bit for each token of the moving side in shared memory.
+constexpr int TOKENS = 200'000, SHARED_BYTES = 227 * 1024;
 
 struct Operand {
   const void* data;
@@ -75,18 +78,20 @@ struct Memory {
   uint8_t* before;
 
   // A short moving side needs no more stages than it has tiles.
-  __host__ __device__ static int used(int stages, int moving) {
+  __host__ __device__ static constexpr int used(int stages, int moving) {
     const int tiles = (moving + COLUMNS - 1) / COLUMNS;
     return tiles < stages ? tiles : stages;
   }
   // Bytes of everything, for the host.
-  static size_t bytes(int warpgroups, int stages, int panels_s, int panels_t, int moving) {
+  static constexpr size_t bytes(int warpgroups, int stages, int panels_s, int panels_t, int moving) {
     const size_t panels = panels_s + panels_t;
     stages = used(stages, moving);
     return 1024 + (warpgroups + stages) * panels * TILE_BYTES +
            stages * STATISTICS * COLUMNS * sizeof(float) + bits_bytes(moving) + 512;
   }
-  __host__ __device__ static size_t bits_bytes(int moving) { return (moving + 63) / 64 * 8; }
+  __host__ __device__ static constexpr size_t bits_bytes(int moving) {
+    return (moving + 63) / 64 * 8;
+  }
 
   __device__ Memory(char* raw, int stages, int panels_s, int panels_t, int moving) {
     const int warpgroups = blockDim.x / THREADS;
@@ -107,6 +112,12 @@ struct Memory {
     turns = shared_address(row_bits + 120);
   }
 };
+
+static_assert(Memory::bytes(3, STAGES_FORWARD, 2, 2, TOKENS) <= SHARED_BYTES, "forward");
+static_assert(Memory::bytes(warpgroups_backward(1), STAGES_BACKWARD, 1, 2, TOKENS) <= SHARED_BYTES,
+              "backward, a narrow student");
+static_assert(Memory::bytes(warpgroups_backward(2), STAGES_BACKWARD, 2, 2, TOKENS) <= SHARED_BYTES,
+              "backward");
 
 // One bit for each of `count` indices, zeros up to a multiple of 64.
 template <typename Chosen>

@@ -1,25 +1,12 @@
 // attention_map_kl: checks, launches, registration.
 
 #include "attention_map_kl_kernels.cuh"
-
-#include <cuda_runtime.h>
+#include "entry.h"
 
 #include <climits>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <utility>
-
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 namespace kdfast::map {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <typename L>
 __global__ void __launch_bounds__(L::THREADS, L::RESIDENTS)
@@ -50,9 +37,7 @@ void launch_for(const Problem& problem, bool gradient, cudaStream_t stream) {
 
 void launch_for(const Problem& problem, const Tensor& map, bool gradient) {
   if (problem.heads_of_all == 0 || problem.queries == 0) return;
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(map.get_device_index(), &stream));
-  const auto on = static_cast<cudaStream_t>(stream);
+  const cudaStream_t on = current_stream(map);
   switch (map.scalar_type()) {
     case ScalarType::Float:
       return launch_for<float>(problem, gradient, on);
@@ -67,13 +52,6 @@ void launch_for(const Problem& problem, const Tensor& map, bool gradient) {
 
 Map describe(const Tensor& map) {
   return {map.data_ptr(), map.stride(0), map.stride(1), map.stride(2)};
-}
-
-bool aligned(const Tensor& map) {
-  const int64_t size = 16 / map.element_size();
-  bool all = reinterpret_cast<uintptr_t>(map.data_ptr()) % 16 == 0;
-  for (int i = 0; i < 3; ++i) all &= map.size(i) <= 1 || map.stride(i) % size == 0;
-  return all;
 }
 
 Problem describe(const Tensor& map_s, const Tensor& map_t, const std::optional<Tensor>& mask,
@@ -100,7 +78,7 @@ Problem describe(const Tensor& map_s, const Tensor& map_t, const std::optional<T
   problem.queries = int(map_s.size(2));
   problem.keys = int(map_s.size(3));
   problem.scores = scores;
-  problem.aligned = aligned(map_s) && aligned(map_t);
+  problem.aligned = rows_aligned(map_s) && rows_aligned(map_t);
   STD_TORCH_CHECK(direction == "forward" || direction == "reverse" || direction == "js",
                   "attention_map_kl: direction is unknown: ", direction);
   problem.direction = direction == "forward" ? FORWARD : direction == "reverse" ? REVERSE : JS;
@@ -121,8 +99,6 @@ Problem describe(const Tensor& map_s, const Tensor& map_t, const std::optional<T
 Tensor statistics(const Tensor& map, std::initializer_list<int64_t> shape) {
   return torch::stable::new_empty(map, shape, ScalarType::Float);
 }
-
-float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(Tensor map_s, Tensor map_t,
                                                         std::optional<Tensor> attention_mask,

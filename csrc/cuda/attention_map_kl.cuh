@@ -10,34 +10,13 @@
 
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define KDFAST_INLINE __host__ __device__ __forceinline__
-#else
-#define KDFAST_INLINE inline
-#endif
+#include "exponential.cuh"
 
 namespace kdfast::map {
 
 enum Direction : int { FORWARD, REVERSE, JS };
 
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
-
 KDFAST_INLINE float infinity() { return HUGE_VALF; }
-
-// One instruction, which takes results below 2^-126 to zero.
-KDFAST_INLINE float exp2_fast(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::exp2(x);
-#endif
-}
 
 // To one unit in the last place.
 KDFAST_INLINE float inverse(float x) {

@@ -22,7 +22,7 @@ struct Case {
   bool key_mask = false, query_mask = false, reverse = false, half = false, equal = false;
   bool strided = false, gradients_float = false, nothing = false, infinite = false;
   int pairs = 1, forward_warpgroups = 2, backward_warpgroups = 1;
-  float spread = 1.f;
+  float spread = 1.f, scale_s = 0.13f, scale_t = 0.11f;
 };
 
 uint16_t encode(float x, bool half) {
@@ -158,7 +158,7 @@ bool run(const Case& c) {
   problem.count = c.pairs;
   std::vector<std::unique_ptr<Array>> arrays;
   std::vector<std::vector<float>> gradients;
-  const float scale_s = 0.13f, scale_t = 0.11f;
+  const float scale_s = c.scale_s, scale_t = c.scale_t;
   for (int p = 0; p < c.pairs; ++p) {
     const int heads[] = {c.heads, c.key_heads, c.heads, c.key_heads_t};
     const int tokens[] = {c.queries, c.keys, c.queries, c.keys};
@@ -188,8 +188,8 @@ bool run(const Case& c) {
     pair.query_t = arrays[4 * p + 2]->operand(c.heads);
     pair.key_t = arrays[4 * p + 3]->operand(c.heads);
     pair.scale_s = scale_s;
-    pair.c_s = scale_s * LOG2_E;
-    pair.c_t = (c.equal ? scale_s : scale_t) * LOG2_E;
+    pair.c_s = scale_s * kdfast::LOG2_E;
+    pair.c_t = (c.equal ? scale_s : scale_t) * kdfast::LOG2_E;
     pair.heads = c.heads;
     pair.first_head = problem.heads;
     problem.heads += c.heads;
@@ -392,6 +392,11 @@ int main(int count, char** arguments) {
       {.name = "causal, more keys, masks, float16", .queries = 90, .keys = 210, .causal = true,
        .key_mask = true, .query_mask = true, .half = true},
       {.name = "causal, fewer keys", .queries = 150, .keys = 70, .causal = true},
+      // c times a hidden score, less the same rounded, is a large number of either sign.
+      {.name = "causal, scales of widths 64 and 128", .queries = 150, .keys = 150, .causal = true,
+       .scale_s = 0.125f, .scale_t = 0.08838835f},
+      {.name = "window, scales of widths 32 and 24", .queries = 150, .keys = 150, .window = 20,
+       .key_mask = true, .scale_s = 0.1767767f, .scale_t = 0.2041241f},
       {.name = "window, masks, float gradients", .queries = 260, .keys = 260, .window = 17,
        .key_mask = true, .query_mask = true, .gradients_float = true, .backward_warpgroups = 2},
       {.name = "causal window of one", .queries = 140, .keys = 140, .causal = true, .window = 1,

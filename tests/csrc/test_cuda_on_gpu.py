@@ -1,6 +1,7 @@
 """backend="cuda" on a GPU, against the reference in float64 and eager's error in the same dtype."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ def library(request):
 
 @pytest.fixture(autouse=True)
 def memory_filled_with_nan():
+    if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:  # initcheck looks for it by itself
+        yield
+        return
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -45,7 +49,7 @@ def gradients(inputs, backend, upstream=None, **options):
     return [x.detach().double() for x in (out, inputs[0].grad, inputs[1].grad)]
 
 
-def close(inputs, *, of_eager=2.0, **options):
+def close(inputs, **options):
     """Errors at most twice those of float32 arithmetic, plus the last digit of what is rounded."""
     wide = [x.double() for x in inputs]
     exact = gradients(wide, "reference", **options)
@@ -56,9 +60,9 @@ def close(inputs, *, of_eager=2.0, **options):
         scale = truth.abs().max()
         floor = 2e-5 * scale + 1e-6
         if i > 0:  # dS is rounded before its product, and the gradient after
-            floor = 2 * info.eps * scale + info.smallest_normal * info.eps
+            floor = 2 * info.eps * scale + 1e-7
         error = (mine - truth).abs().max()
-        assert error <= of_eager * (its - truth).abs().max() + floor, (i, error, scale)
+        assert error <= 2 * (its - truth).abs().max() + floor, (i, error, scale)
 
 
 CASES = {
@@ -98,6 +102,43 @@ def test_rows_and_gradients_equal_the_reference(case, masked, direction, dtype):
         options["query_mask"] = torch.rand(b, n, device="cuda") < 0.7
     upstream = torch.randn(inputs[0].shape[:3], device="cuda")
     close(inputs, upstream=upstream, **options)
+
+
+@dtypes
+@directions
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("reduction", ["mean", "none"])  # gradients in float32, and in the dtype
+def test_every_branch_of_the_kernels(reduction, d, direction, dtype):
+    """The fewest cases that run every line, for tools that take long: make gpu-sanitize."""
+    inputs = four(h=4, h_kv=2, n=150, d=d, d_t=96, dtype=dtype)
+    mask = torch.rand(2, 150, device="cuda") < 0.8
+    close(inputs, attention_mask=mask, causal=True, direction=direction, reduction=reduction)
+    close(four(b=1, h=1, n=300, d=d, dtype=dtype), direction=direction, reduction=reduction)
+
+
+@dtypes
+def test_rows_that_are_not_aligned_are_copied(dtype):
+    inputs = four(n=70, h=4, h_kv=2, dtype=dtype)
+
+    def shifted(x):  # by one number, and rows of 67
+        return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+
+    plain = gradients(inputs, "cuda", causal=True)
+    views = [shifted(x).requires_grad_(i < 2) for i, x in enumerate(inputs)]
+    loss = attention_kl(*views, causal=True, backend="cuda")
+    for mine, its in zip((loss, *torch.autograd.grad(loss, views[:2])), plain, strict=True):
+        assert torch.equal(mine.double(), its)
+
+
+@dtypes
+@directions
+@pytest.mark.parametrize("relation_heads", [2, 8])
+def test_relation_heads_of_any_strides_equal_the_reference(relation_heads, direction, dtype):
+    shapes = {"n": 70, "h": 4, "h_kv": 2, "d": 32, "d_t": 64, "dtype": dtype}
+    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in four(**shapes)]
+    wide = [torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :, 1:] for x in inputs]
+    for x in (inputs, wide):
+        close(x, relation_heads=relation_heads, direction=direction)
 
 
 @dtypes
@@ -151,7 +192,17 @@ def test_near_equal_maps_with_large_key_offsets_keep_their_digits(dtype):
     query_s, _, query_t, key_t = four(b=1, n=129, dtype=torch.float32)
     key_t = key_t + 20 * torch.randn(1, 2, 1, 64, device="cuda")
     inputs = [x.to(dtype) for x in (query_t + 1e-2 * query_s, key_t, query_t, key_t)]
-    close(inputs, of_eager=4.0)
+    # Rows alone: gradients are sums of dS, rounded to this dtype, times the offset.
+    with torch.no_grad():
+        exact, ours, single = (
+            attention_kl(*x, reduction="none", backend=backend).double()
+            for x, backend in (
+                ([x.double() for x in inputs], "reference"),
+                (inputs, "cuda"),
+                ([x.float() for x in inputs], "reference"),
+            )
+        )
+    assert (ours - exact).abs().max() <= 4 * (single - exact).abs().max() + 2e-5 * exact.max()
 
 
 @dtypes
@@ -214,13 +265,15 @@ def test_captured_in_a_cuda_graph(n):
 
 def test_what_is_not_served_is_refused_with_the_reason():
     inputs = four()
-    for options in ({"direction": "js"}, {"scale_s": -1.0}):
+    for options in ({"direction": "js"}, {"scale_s": -1.0}, {"temperature": 1e9}):
         with pytest.raises(RuntimeError):
             attention_kl(*inputs, backend="cuda", **options)
     with pytest.raises(RuntimeError):
         attention_kl(*(x.float() for x in inputs), backend="cuda")
     with pytest.raises(RuntimeError):
         attention_kl(*four(d=20), backend="cuda")
+    with pytest.raises(RuntimeError, match="width 256"):
+        attention_kl(*four(h=4), relation_heads=1, backend="cuda")
 
 
 # attention_map_kl
@@ -268,6 +321,14 @@ def test_map_rows_and_gradient_equal_the_reference(shape, masked, direction, inp
 
 
 @pytest.mark.parametrize("inputs", ["probabilities", "scores"])
+@pytest.mark.parametrize("direction", ["forward", "js"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_branch_of_the_map_kernels(direction, inputs, dtype):
+    for keys in (100, 250, 500, 1001, 3000, 5000):  # one of each layout
+        test_map_rows_and_gradient_equal_the_reference((2, keys), True, direction, inputs, dtype)
+
+
+@pytest.mark.parametrize("inputs", ["probabilities", "scores"])
 def test_map_strides_change_nothing(inputs):
     wide = maps(2, 3, 40, 72, inputs=inputs, dtype=torch.bfloat16)
     options = {"inputs": inputs, "backend": "cuda", "reduction": "none"}
@@ -275,7 +336,7 @@ def test_map_strides_change_nothing(inputs):
         lambda x: x[..., 1:65],
         lambda x: x.transpose(0, 1),
         lambda x: x[:, :1].expand(-1, 3, -1, -1),
-    ):  # noqa: E501
+    ):
         views = [view(x) for x in wide]
         rows = attention_map_kl(*views, **options)
         assert torch.equal(rows, attention_map_kl(*(x.contiguous() for x in views), **options))

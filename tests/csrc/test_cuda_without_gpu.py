@@ -4,9 +4,9 @@ Every source is compiled for both architectures and must neither spill nor seria
 The kernels themselves then run on the CPU, in a simulation of a block of threads (simulation.h).
 """
 
-import os
+import importlib
 import re
-import shutil
+import runpy
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+KERNELS = importlib.import_module("kdfast.ops.attention_kl")  # the name in kdfast.ops is a function
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90a")
@@ -22,13 +23,8 @@ SIMULATED = ("attention_kl", "attention_map_kl")
 SERIALISED = re.compile(r"\(C75(?!19)\d\d\)|wgmma.*serialized")
 
 
-def nvcc():
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if found := shutil.which("nvcc", path=os.path.join(os.environ.get(variable, "-"), "bin")):
-            return found
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-
+BUILD = runpy.run_path(str(Path(__file__).with_name("simulation.py")))["BUILD"]
+nvcc = BUILD["nvcc"]
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 
 
@@ -36,7 +32,7 @@ def compiled(source, architecture, folder):
     include = Path(torch.__file__).parent / "include"
     command = [
         nvcc(), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-DUSE_CUDA",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{include}",
+        "-DKDFAST_SM_90A", BUILD["STABLE_ABI"], f"-I{include}",
         f"-I{include}/torch/csrc/api/include", f"-I{ROOT / 'csrc'}",
         "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
         "-cubin", str(source), "-o", str(folder / f"{source.name}.{architecture}"),
@@ -68,6 +64,32 @@ def test_source_compiles_without_spills_or_serialised_products(compilations, sou
     assert usage
     assert all(numbers == ("0", "0", "0") for numbers in usage), result.stderr
     assert not SERIALISED.search(result.stderr), result.stderr
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({}, None),
+        ({"relation_heads": 2}, None),
+        ({"relation_heads": 1}, "width 256"),
+        ({"relation_heads": 64}, "width 4"),
+        ({"temperature": 1e6}, "scale / temperature"),  # also that of the default scale
+        ({"temperature": 1e-8}, "scale / temperature"),
+        ({"temperature": 1e6, "scale_s": 1e5, "scale_t": 1e5}, None),
+        ({"direction": "js"}, "js"),
+    ],
+    ids=str,
+)
+def test_attention_kl_says_what_it_refuses(monkeypatch, options, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    inputs = dict.fromkeys(("query_s", "key_s", "query_t", "key_t"))
+    for name in inputs:
+        inputs[name] = torch.zeros(1, 4, 5, 64, dtype=torch.bfloat16)[..., 1:, :]
+    defaults = {"direction": "forward", "temperature": 1.0} | dict.fromkeys(
+        ("cu_seqlens", "scale_s", "scale_t", "relation_heads", "match_heads")
+    )
+    refusal = KERNELS._refused_by_hopper(**inputs, **(defaults | options))
+    assert refusal is None if reason is None else reason in refusal
 
 
 @needs_nvcc

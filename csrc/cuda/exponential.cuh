@@ -1,0 +1,30 @@
+// What the arithmetic of both operators begins with: exponents are to base 2.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define KDFAST_INLINE __host__ __device__ __forceinline__
+#else
+#define KDFAST_INLINE inline
+#endif
+
+namespace kdfast {
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+// One instruction, which takes results below 2^-126 to zero.
+KDFAST_INLINE float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
+}  // namespace kdfast

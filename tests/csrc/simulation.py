@@ -1,0 +1,98 @@
+"""backend="cuda" on the CPU: csrc/cuda with its entry points as they are, launches as simulation.h
+runs a block after the other. The sources are rewritten where they speak to a GPU."""
+
+import re
+import runpy
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from kdfast.ops import dispatch, library
+
+ROOT = Path(__file__).parents[2]
+OPERATORS = ("attention_kl", "attention_map_kl")
+with mock.patch("setuptools.setup"):  # its functions, without its work
+    BUILD = runpy.run_path(str(ROOT / "setup.py"))
+nvcc = BUILD["nvcc"]
+
+# In front of the rewritten source: its kernels become functions of the host.
+LAUNCHES = """
+#include "simulation.h"
+#undef __global__
+#define __global__ static
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+template <typename Kernel>
+void simulate(dim3 grid, int threads, size_t bytes, Kernel kernel) {
+  gridDim = {grid.x, grid.y, grid.z};
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) simulation::fail("an empty grid");
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+        simulation::run_block((threads + 31) / 32 * 32, bytes, [&] {
+          blockDim.x = threads;
+          if (int(threadIdx.x) < threads) kernel();
+        });
+}
+"""
+ASIDE = (  # what only a GPU can answer
+    (r"STD_CUDA_CHECK\(\s*cudaFuncSetAttribute\(.*?\)\);", ""),
+    (r"STD_CUDA_CHECK\(cudaDeviceGetAttribute\(&(\w+), \w*Major,.*?\)\);", r"\1 = 9;"),
+    (r"STD_CUDA_CHECK\(cudaDeviceGetAttribute\(&(\w+), \w*Minor,.*?\)\);", r"\1 = 0;"),
+    (r"STD_CUDA_KERNEL_LAUNCH_CHECK\(\);", ""),
+    (r"TORCH_ERROR_CODE_CHECK\(aoti_torch_get_current_cuda_stream\(.*?\)\);", ""),
+    (r"const torch::stable::accelerator::DeviceGuard.*?;", ""),
+    (r"extern __shared__ char raw\[\];", "char* raw = simulation::shared.data();"),
+    (r"\.is_cuda\(\)", ".is_cpu()"),
+    (r"\(kdfast, CUDA, m\)", "(kdfast, CPU, m)"),
+)
+
+
+def rewritten(source: Path) -> str:
+    def launch(match: re.Match[str]) -> str:
+        kernel, configuration, arguments = match.groups()
+        grid, threads, size, _ = re.split(r",\s*(?![^()]*\))", configuration)
+        return f"simulate({grid}, {threads}, {size}, [&] {{ {kernel}({arguments}); }});"
+
+    text = source.read_text()
+    for pattern, replacement in ASIDE:
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    text = re.sub(r"(\w+(?:<\w+>)?)<<<(.*?)>>>\((.*?)\);", launch, text, flags=re.DOTALL)
+    # The headers of an operator lie where they are, entry.h beside this file.
+    return text.replace('#include "attention_', '#include "cuda/attention_')
+
+
+def load(folder: Path) -> None:
+    include, libraries = BUILD["torch_paths"]()
+    (folder / "entry.h").write_text(rewritten(ROOT / "csrc" / "cuda" / "entry.h"))
+
+    def build(operator: str) -> Path:
+        source, target = folder / f"{operator}.cpp", folder / f"simulated_{operator}.so"
+        source.write_text(LAUNCHES + rewritten(ROOT / "csrc" / "cuda" / f"{operator}.cu"))
+        command = [
+            nvcc(), "-x", "c++", "-std=c++20", "-O2", "-shared", "-Xcompiler", "-w,-fPIC",
+            "-DKDFAST_SM_90A", BUILD["STABLE_ABI"], *include, f"-I{Path(__file__).parent}",
+            str(source), "-o", str(target), f"-L{libraries}", "-ltorch", "-ltorch_cpu",
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        for target in pool.map(build, OPERATORS):
+            torch.ops.load_library(str(target))
+
+
+def serve(monkeypatch) -> None:
+    """Makes backend="cuda" take tensors of the CPU, for one test."""
+    for operator in OPERATORS:
+        monkeypatch.setattr(dispatch.KERNELS[operator, "cuda"], "_outcome", None)
+    monkeypatch.setattr(library, "load", lambda *_: None)
+    monkeypatch.setattr(
+        library, "refuses", lambda _, x: "float64" if x.dtype == torch.float64 else None
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
