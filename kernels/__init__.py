@@ -1,4 +1,4 @@
-"""Triton kernels, one file per operator, installed as `kdfast.kernels`.
+"""Triton kernels, one file per operator beside what they share, installed as `kdfast.kernels`.
 
 Never import this folder as `kernels`: that is another library's name (transformers looks for it).
 It defines no `__version__` for the same reason. Nothing here is imported by `import kdfast`;

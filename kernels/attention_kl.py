@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from kdfast.kernels.divergence import LN_2, LOG2_E, to_middle, weighted
+
 # Where maxima start: finite, so that no difference of two of them is NaN.
 LOWEST = tl.constexpr(-1e30)
 
@@ -45,6 +45,7 @@ def _visibility(
     cu_seqlens,
     key_mask_strides,
     query_mask_strides,
+    batch,
     queries,
     keys,
     sequences,
@@ -59,8 +60,9 @@ def _visibility(
     seen [3, B, Nq + Nk] gets first, last + 1 and whether something in between is masked, zeros for
     a line that sees nothing; counts [B, tiles of queries] the queries that take part.
     """
-    tile, batch = tl.program_id(0), tl.program_id(1)
     query_tiles = tl.cdiv(queries, BLOCK)
+    tiles = query_tiles + tl.cdiv(keys, BLOCK)
+    tile, b = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     of_queries, of_keys = tile < query_tiles, tile >= query_tiles
     line = tl.where(of_keys, tile - query_tiles, tile) * BLOCK + tl.arange(0, BLOCK)
     lines = tl.where(of_keys, keys, queries)
@@ -88,11 +90,11 @@ def _visibility(
         first = tl.maximum(first, tl.load(cu_seqlens + low, mask=alive, other=0).to(tl.int32))
         stop = tl.minimum(stop, tl.load(cu_seqlens + 1 + low, mask=alive, other=0).to(tl.int32))
     if query_mask is not None:
-        query_mask += tl.cast(batch, tl.int64) * query_mask_strides[0]
+        query_mask += tl.cast(b, tl.int64) * query_mask_strides[0]
         at = query_mask + line.to(tl.int64) * query_mask_strides[1]
         alive = alive & (of_keys | (tl.load(at, mask=(line < queries), other=0) != 0))
     if key_mask is not None:
-        key_mask += tl.cast(batch, tl.int64) * key_mask_strides[0]
+        key_mask += tl.cast(b, tl.int64) * key_mask_strides[0]
         at = key_mask + line.to(tl.int64) * key_mask_strides[1]
         alive = alive & (of_queries | (tl.load(at, mask=(line < keys), other=0) != 0))
     first = tl.where(alive, first, others)
@@ -119,13 +121,23 @@ def _visibility(
         first, stop = inner_first, inner_stop
         holes = (found < stop - first).to(tl.int32)
     some = stop > first
-    at = seen + tl.cast(batch, tl.int64) * (queries + keys) + tl.where(of_keys, queries, 0) + line
-    plane = tl.cast(tl.num_programs(1), tl.int64) * (queries + keys)
+    at = seen + tl.cast(b, tl.int64) * (queries + keys) + tl.where(of_keys, queries, 0) + line
+    plane = tl.cast(batch, tl.int64) * (queries + keys)
     tl.store(at, tl.where(some, first, 0), mask=line < lines)
     tl.store(at + plane, tl.where(some, stop, 0), mask=line < lines)
     tl.store(at + 2 * plane, tl.where(some, holes, 0), mask=line < lines)
     count = tl.sum((some & (line < lines)).to(tl.int32), 0)
-    tl.store(counts + batch * query_tiles + tile, count, mask=tile < query_tiles)
+    tl.store(counts + tl.cast(b, tl.int64) * query_tiles + tile, count, mask=tile < query_tiles)
+
+
+@triton.jit
+def _place(tiles, chunks, heads, batch):
+    """A program's tile of lines, chunk of features, head, element of the batch and layer pair."""
+    program = tl.program_id(0)
+    tile, program = program % tiles, program // tiles
+    chunk, program = program % chunks, program // chunks
+    head, program = program % heads, program // heads
+    return tile, chunk, head, program % batch, program // batch
 
 
 @triton.jit
@@ -145,12 +157,20 @@ def _head(tensors, strides, pair, batch, head):
 
 
 @triton.jit
-def _tile(
-    base, stride, index, valid, column, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
-):
-    """[len(index), BLOCK_D] from `column` on; zero beyond the width and where not valid."""
+def _rows_of(head, b, row_heads, queries):
+    """Where the rows of one head begin in [B, row_heads, Nq]."""
+    return (tl.cast(head, tl.int64) + tl.cast(b, tl.int64) * row_heads) * queries
+
+
+@triton.jit
+def _tile(lines, column, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
+    """[lines, BLOCK_D] from `column` on; zero beyond the width and where not valid.
+
+    Lines are (address of the head, strides, indices, which of them are valid or None for all).
+    """
+    base, strides, index, valid = lines
     columns = column + tl.arange(0, BLOCK_D)
-    at = base + index.to(tl.int64)[:, None] * stride + columns[None, :]
+    at = base + index.to(tl.int64)[:, None] * strides[2] + columns[None, :]
     inside = (columns < D)[None, :]
     if valid is None:
         if D % BLOCK_D == 0:
@@ -169,43 +189,31 @@ def _tile(
 def _products(
     held,
     streamed,
-    a,
-    stride_a,
-    index_a,
-    valid_a,
-    b,
-    stride_b,
-    index_b,
-    valid_b,
+    rows,
+    columns,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """a bᵀ: of the two tiles, or of chunks loaded here when one tile does not hold the width."""
+    """q kᵀ: of the two tiles, or of chunks loaded here when one tile does not hold the width."""
     if D <= BLOCK_D:
         total = tl.dot(held, tl.trans(streamed), input_precision=PRECISION)
     else:
-        total = tl.zeros([index_a.shape[0], index_b.shape[0]], tl.float32)
+        total = tl.zeros([rows[2].shape[0], columns[2].shape[0]], tl.float32)
         for column in range(0, D, BLOCK_D):
-            rows = _tile(a, stride_a, index_a, valid_a, column, D, BLOCK_D, UPCAST)
-            columns = _tile(b, stride_b, index_b, valid_b, column, D, BLOCK_D, UPCAST)
-            total = tl.dot(rows, tl.trans(columns), total, input_precision=PRECISION)
+            q = _tile(rows, column, D, BLOCK_D, UPCAST)
+            k = _tile(columns, column, D, BLOCK_D, UPCAST)
+            total = tl.dot(q, tl.trans(k), total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
 def _mean_log2(
-    query_t,
-    key_t,
-    query_t_strides,
-    key_t_strides,
+    rows,
+    columns,
     lse_t,
     queries,
-    query,
-    valid_query,
-    key,
-    valid_key,
     scale_t,
     heads_t,
     group_t,
@@ -214,23 +222,26 @@ def _mean_log2(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """log2 of the average of the teacher's maps."""
+    """log2 of the average of the teacher's maps; rows and columns are of its first heads."""
+    query_t, query_strides, query, valid_query = rows
+    key_t, key_strides, key, valid_key = columns
     top = tl.full([query.shape[0], key.shape[0]], -float("inf"), tl.float32)
     total = tl.zeros_like(top)
     for head in range(heads_t):
-        q = query_t + tl.cast(head, tl.int64) * query_t_strides[1]
-        k = key_t + tl.cast(head // group_t, tl.int64) * key_t_strides[1]
+        q = query_t + tl.cast(head, tl.int64) * query_strides[1]
+        k = key_t + tl.cast(head // group_t, tl.int64) * key_strides[1]
         at = lse_t + tl.cast(head, tl.int64) * queries + query
         if valid_query is None:
             lse = tl.load(at)
         else:
             lse = tl.load(at, mask=valid_query, other=0.0)
-        rows = _tile(q, query_t_strides[2], query, valid_query, 0, D, BLOCK_D, UPCAST)
-        columns = _tile(k, key_t_strides[2], key, valid_key, 0, D, BLOCK_D, UPCAST)
-        raw = _products(
-            rows, columns, q, query_t_strides[2], query, valid_query,
-            k, key_t_strides[2], key, valid_key, D, BLOCK_D, UPCAST, PRECISION,
-        )  # fmt: skip
+        of_head, of_key_head = (
+            (q, query_strides, query, valid_query),
+            (k, key_strides, key, valid_key),
+        )
+        q_t = _tile(of_head, 0, D, BLOCK_D, UPCAST)
+        k_t = _tile(of_key_head, 0, D, BLOCK_D, UPCAST)
+        raw = _products(q_t, k_t, of_head, of_key_head, D, BLOCK_D, UPCAST, PRECISION)
         log_p = raw * scale_t - lse[:, None]
         higher = tl.maximum(top, log_p)
         level = tl.where(higher == -float("inf"), 0.0, higher)
@@ -261,7 +272,8 @@ def _interval(seen, line, valid, others, plane, BLOCK: tl.constexpr, SEEN: tl.co
     first, stop = _seen(seen, line, valid, others, plane, SEEN)
     holes = 0
     if SEEN:
-        holes = tl.max(tl.load(seen + 2 * plane + line, mask=valid, other=0), 0)
+        at = seen + 2 * tl.cast(plane, tl.int64) + line
+        holes = tl.max(tl.load(at, mask=valid, other=0), 0)
     some = stop > first
     lowest, highest = tl.min(tl.where(some, first, others), 0), tl.max(stop, 0)
     begin, end = lowest // BLOCK, tl.cdiv(highest, BLOCK)
@@ -286,28 +298,6 @@ def _valid_others(seen, other, lowest, highest, plane, SEEN: tl.constexpr):
     if SEEN:
         valid = valid & (tl.load(seen + plane + other, mask=valid, other=0) > 0)
     return valid
-
-
-@triton.jit
-def _weighted(p, values):
-    """p * values, 0 where p is exactly 0."""
-    return tl.where(p == 0.0, 0.0, p * values)
-
-
-@triton.jit
-def _to_middle(difference):
-    """log p_s - log m and log p_t - log m, of difference = log p_t - log p_s, m their mean.
-
-    With y the difference these are -max(y, 0) - g and min(y, 0) - g for g = log((1 + e^-|y|) / 2);
-    near 0 the series of log cosh(y / 2) = g + |y| / 2 keeps the digits of y.
-    """
-    size = tl.abs(difference)
-    z = difference * difference
-    series = tl.fma(z, -17.0 / 645120, 1.0 / 2880)
-    series = z * tl.fma(z, tl.fma(z, series, -1.0 / 192), 0.125)
-    far = tl.log2(tl.fma(tl.exp2(size * -LOG2_E), 0.5, 0.5)) * LN_2
-    g = tl.where(size < 0.5, series - 0.5 * size, far)
-    return -(tl.maximum(difference, 0.0) + g), tl.minimum(difference, 0.0) - g
 
 
 @triton.jit
@@ -351,11 +341,7 @@ def _forward(
     BLOCK_N: tl.constexpr,
 ):
     """Rows of the divergence and both log-sum-exps (base 2) of BLOCK_M queries of one head."""
-    tiles = tl.cdiv(queries, BLOCK_M)
-    program = tl.program_id(0)
-    tile, program = program % tiles, program // tiles
-    head, program = program % heads, program // heads
-    b, pair = program % batch, program // batch
+    tile, _, head, b, pair = _place(tl.cdiv(queries, BLOCK_M), 1, heads, batch)
     head_t = head % heads_t
 
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -369,11 +355,13 @@ def _forward(
     ks = _head(key_s, key_s_strides, pair, b, head // group_s)
     qt = _head(query_t, query_t_strides, pair, b, 0 if MEAN else head_t)
     kt = _head(key_t, key_t_strides, pair, b, 0 if MEAN else head_t // group_t)
-    at_t = (tl.cast(pair * heads_t, tl.int64) + tl.cast(b, tl.int64) * row_heads_t) * queries
+    rows_s = (qs, query_s_strides, query, takes_part)
+    rows_t = (qt, query_t_strides, query, takes_part)
+    at_t = _rows_of(pair * heads_t, b, row_heads_t, queries)
     factor_s, factor_t = _of_pair(scale_s, pair), _of_pair(scale_t, pair)
-    q_s = _tile(qs, query_s_strides[2], query, takes_part, 0, D_S, BLOCK_S, UPCAST)
+    q_s = _tile(rows_s, 0, D_S, BLOCK_S, UPCAST)
     if not MEAN:
-        q_t = _tile(qt, query_t_strides[2], query, takes_part, 0, D_T, BLOCK_T, UPCAST)
+        q_t = _tile(rows_t, 0, D_T, BLOCK_T, UPCAST)
 
     m_s = tl.full([BLOCK_M], LOWEST, tl.float32)
     m_t = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -397,25 +385,19 @@ def _forward(
                     visible = visible & valid[None, :]
                 else:
                     key = (full + step) * BLOCK_N + tl.arange(0, BLOCK_N)
-                    valid = None
-                k_s = _tile(ks, key_s_strides[2], key, valid, 0, D_S, BLOCK_S, UPCAST)
-                raw_s = _products(
-                    q_s, k_s, qs, query_s_strides[2], query, takes_part,
-                    ks, key_s_strides[2], key, valid, D_S, BLOCK_S, UPCAST, PRECISION,
-                )  # fmt: skip
+                keys_s = (ks, key_s_strides, key, valid if PARTIAL else None)
+                keys_t = (kt, key_t_strides, key, valid if PARTIAL else None)
+                k_s = _tile(keys_s, 0, D_S, BLOCK_S, UPCAST)
+                raw_s = _products(q_s, k_s, rows_s, keys_s, D_S, BLOCK_S, UPCAST, PRECISION)
                 x_s = raw_s * factor_s
                 if MEAN:
                     x_t = _mean_log2(
-                        qt, kt, query_t_strides, key_t_strides, lse_t + at_t, queries,
-                        query, takes_part, key, valid, factor_t, heads_t, group_t,
+                        rows_t, keys_t, lse_t + at_t, queries, factor_t, heads_t, group_t,
                         D_T, BLOCK_T, UPCAST, PRECISION,
                     )  # fmt: skip
                 else:
-                    k_t = _tile(kt, key_t_strides[2], key, valid, 0, D_T, BLOCK_T, UPCAST)
-                    raw_t = _products(
-                        q_t, k_t, qt, query_t_strides[2], query, takes_part,
-                        kt, key_t_strides[2], key, valid, D_T, BLOCK_T, UPCAST, PRECISION,
-                    )  # fmt: skip
+                    k_t = _tile(keys_t, 0, D_T, BLOCK_T, UPCAST)
+                    raw_t = _products(q_t, k_t, rows_t, keys_t, D_T, BLOCK_T, UPCAST, PRECISION)
                     x_t = raw_t * factor_t
 
                 if PARTIAL:
@@ -430,18 +412,18 @@ def _forward(
                 if SWEEP == 0:
                     c_s, c_t = tl.exp2(fall_s), tl.exp2(fall_t)
                     if DIRECTION == "forward":
-                        moved = _weighted(c_t, tl.fma(l_t, fall_t - fall_s, sum_t))
-                        sum_t = moved + tl.sum(_weighted(e_t, x_t - x_s), 1)
+                        moved = weighted(c_t, tl.fma(l_t, fall_t - fall_s, sum_t))
+                        sum_t = moved + tl.sum(weighted(e_t, x_t - x_s), 1)
                     if DIRECTION == "reverse":
-                        moved = _weighted(c_s, tl.fma(l_s, fall_s - fall_t, sum_s))
-                        sum_s = moved + tl.sum(_weighted(e_s, x_s - x_t), 1)
+                        moved = weighted(c_s, tl.fma(l_s, fall_s - fall_t, sum_s))
+                        sum_s = moved + tl.sum(weighted(e_s, x_s - x_t), 1)
                     l_s = tl.fma(l_s, c_s, tl.sum(e_s, 1))
                     l_t = tl.fma(l_t, c_t, tl.sum(e_t, 1))
                 else:
                     difference = (x_t - x_s + log_ratio[:, None]) * LN_2
-                    from_s, from_t = _to_middle(difference)
-                    sum_s += tl.sum(_weighted(e_s * inverse_s[:, None], from_s), 1)
-                    sum_t += tl.sum(_weighted(e_t * inverse_t[:, None], from_t), 1)
+                    from_s, from_t = to_middle(difference)
+                    sum_s += tl.sum(weighted(e_s * inverse_s[:, None], from_s), 1)
+                    sum_t += tl.sum(weighted(e_t * inverse_t[:, None], from_t), 1)
 
     if DIRECTION == "forward":
         row = (tl.div_rn(sum_t, l_t) + tl.log2(tl.div_rn(l_s, l_t))) * LN_2
@@ -449,7 +431,7 @@ def _forward(
         row = (tl.div_rn(sum_s, l_s) + tl.log2(tl.div_rn(l_t, l_s))) * LN_2
     else:
         row = 0.5 * (sum_s + sum_t)
-    at = (tl.cast(pair * heads + head, tl.int64) + tl.cast(b, tl.int64) * row_heads) * queries
+    at = _rows_of(pair * heads + head, b, row_heads, queries)
     inside = query < queries
     tl.store(rows + at + query, tl.where(takes_part, row, 0.0), mask=inside)
     if DIRECTION == "js":
@@ -488,12 +470,7 @@ def _log_sum_exp(
     BLOCK_N: tl.constexpr,
 ):
     """The teacher's log-sum-exp (base 2), which the average of its maps needs beforehand."""
-    tiles = tl.cdiv(queries, BLOCK_M)
-    program = tl.program_id(0)
-    tile, program = program % tiles, program // tiles
-    head, program = program % heads_t, program // heads_t
-    b, pair = program % batch, program // batch
-
+    tile, _, head, b, pair = _place(tl.cdiv(queries, BLOCK_M), 1, heads_t, batch)
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     seen += tl.cast(b, tl.int64) * seen_stride
     first, stop, lowest, highest, begin, full, full_end, end = _interval(
@@ -502,24 +479,23 @@ def _log_sum_exp(
     takes_part = stop > first
     qt = _head(query_t, query_t_strides, pair, b, head)
     kt = _head(key_t, key_t_strides, pair, b, head // group_t)
+    rows_t = (qt, query_t_strides, query, takes_part)
     factor = _of_pair(scale_t, pair)
-    q_t = _tile(qt, query_t_strides[2], query, takes_part, 0, D_T, BLOCK_T, UPCAST)
+    q_t = _tile(rows_t, 0, D_T, BLOCK_T, UPCAST)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for step in range(end - begin):
         key = (begin + step) * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = _valid_others(seen + queries, key, lowest, highest, plane, SEEN)
         visible = (key[None, :] >= first[:, None]) & (key[None, :] < stop[:, None])
-        k_t = _tile(kt, key_t_strides[2], key, valid, 0, D_T, BLOCK_T, UPCAST)
-        raw = _products(
-            q_t, k_t, qt, query_t_strides[2], query, takes_part,
-            kt, key_t_strides[2], key, valid, D_T, BLOCK_T, UPCAST, PRECISION,
-        )  # fmt: skip
+        keys_t = (kt, key_t_strides, key, valid)
+        k_t = _tile(keys_t, 0, D_T, BLOCK_T, UPCAST)
+        raw = _products(q_t, k_t, rows_t, keys_t, D_T, BLOCK_T, UPCAST, PRECISION)
         x = tl.where(visible & valid[None, :], raw * factor, -float("inf"))
         new = tl.maximum(m, tl.max(x, 1))
         total = tl.fma(total, tl.exp2(m - new), tl.sum(tl.exp2(x - new[:, None]), 1))
         m = new
-    at = (tl.cast(pair * heads_t + head, tl.int64) + tl.cast(b, tl.int64) * row_heads_t) * queries
+    at = _rows_of(pair * heads_t + head, b, row_heads_t, queries)
     log_sum = tl.where(takes_part, m + tl.log2(total), float("inf"))
     tl.store(lse_t + at + query, log_sum, mask=query < queries)
 
@@ -531,19 +507,19 @@ def _score_gradient(log_s, log_t, moment, DIRECTION: tl.constexpr):
     if DIRECTION == "forward":
         gradient = p_s - tl.exp2(log_t)
     elif DIRECTION == "reverse":
-        gradient = _weighted(p_s, tl.fma(log_s - log_t, LN_2, -moment))
+        gradient = weighted(p_s, tl.fma(log_s - log_t, LN_2, -moment))
     else:
-        from_s, _ = _to_middle((log_t - log_s) * LN_2)
-        gradient = 0.5 * _weighted(p_s, from_s - moment)
+        from_s, _ = to_middle((log_t - log_s) * LN_2)
+        gradient = 0.5 * weighted(p_s, from_s - moment)
     return gradient
 
 
 @triton.jit
-def _centre(base, stride, index, valid, column, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _centre(lines, column, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """A point amid the tile's rows; what is not finite must not spread from here."""
-    tile = _tile(base, stride, index, valid, column, D, BLOCK_D, True)
+    tile = _tile(lines, column, D, BLOCK_D, True)
     tile = tl.where(tl.abs(tile) < float("inf"), tile, 0.0)
-    return tl.sum(tile, 0) / tl.maximum(tl.sum(valid.to(tl.float32), 0), 1.0)
+    return tl.sum(tile, 0) / tl.maximum(tl.sum(lines[3].to(tl.float32), 0), 1.0)
 
 
 @triton.jit
@@ -590,14 +566,10 @@ def _backward_query(
     BLOCK_N: tl.constexpr,
 ):
     """dQ of BLOCK_M queries of one head; of BLOCK_S features, where the width is larger."""
-    tiles, chunks = tl.cdiv(queries, BLOCK_M), tl.cdiv(D_S, BLOCK_S)
-    program = tl.program_id(0)
-    tile, program = program % tiles, program // tiles
-    chunk, program = program % chunks * BLOCK_S, program // chunks
-    head, program = program % heads, program // heads
-    b, pair = program % batch, program // batch
-    head_t = head % heads_t
-
+    tile, chunk, head, b, pair = _place(
+        tl.cdiv(queries, BLOCK_M), tl.cdiv(D_S, BLOCK_S), heads, batch
+    )
+    head_t, column = head % heads_t, chunk * BLOCK_S
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     seen += tl.cast(b, tl.int64) * seen_stride
     first, stop, lowest, highest, begin, full, full_end, end = _interval(
@@ -609,13 +581,15 @@ def _backward_query(
     ks = _head(key_s, key_s_strides, pair, b, head // group_s)
     qt = _head(query_t, query_t_strides, pair, b, 0 if MEAN else head_t)
     kt = _head(key_t, key_t_strides, pair, b, 0 if MEAN else head_t // group_t)
+    rows_s = (qs, query_s_strides, query, takes_part)
+    rows_t = (qt, query_t_strides, query, takes_part)
     factor_s, factor_t = _of_pair(scale_s, pair), _of_pair(scale_t, pair)
-    at = (tl.cast(pair * heads + head, tl.int64) + tl.cast(b, tl.int64) * row_heads) * queries
-    at_t = (tl.cast(pair * heads_t, tl.int64) + tl.cast(b, tl.int64) * row_heads_t) * queries
-    q_s = _tile(qs, query_s_strides[2], query, takes_part, 0, D_S, BLOCK_S, UPCAST)
+    at = _rows_of(pair * heads + head, b, row_heads, queries)
+    at_t = _rows_of(pair * heads_t, b, row_heads_t, queries)
+    q_s = _tile(rows_s, 0, D_S, BLOCK_S, UPCAST)
     log_sum_s = tl.load(lse_s + at + query, mask=takes_part, other=0.0)
     if not MEAN:
-        q_t = _tile(qt, query_t_strides[2], query, takes_part, 0, D_T, BLOCK_T, UPCAST)
+        q_t = _tile(rows_t, 0, D_T, BLOCK_T, UPCAST)
         log_sum_t = tl.load(
             lse_t + at_t + tl.cast(head_t, tl.int64) * queries + query, mask=takes_part, other=0.0
         )
@@ -624,7 +598,7 @@ def _backward_query(
         moment = tl.load(moments + at + query, mask=takes_part, other=0.0)
     amid = begin * BLOCK_N + tl.arange(0, BLOCK_N)
     amid_valid = _valid_others(seen + queries, amid, lowest, highest, plane, SEEN)
-    centre = _centre(ks, key_s_strides[2], amid, amid_valid, chunk, D_S, BLOCK_S)
+    centre = _centre((ks, key_s_strides, amid, amid_valid), column, D_S, BLOCK_S)
 
     gradient = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
@@ -637,24 +611,18 @@ def _backward_query(
                 valid = _valid_others(seen + queries, key, lowest, highest, plane, SEEN)
             else:
                 key = (full + step) * BLOCK_N + tl.arange(0, BLOCK_N)
-                valid = None
-            k_s = _tile(ks, key_s_strides[2], key, valid, chunk, D_S, BLOCK_S, UPCAST)
-            raw_s = _products(
-                q_s, k_s, qs, query_s_strides[2], query, takes_part,
-                ks, key_s_strides[2], key, valid, D_S, BLOCK_S, UPCAST, PRECISION,
-            )  # fmt: skip
+            keys_s = (ks, key_s_strides, key, valid if PARTIAL else None)
+            keys_t = (kt, key_t_strides, key, valid if PARTIAL else None)
+            k_s = _tile(keys_s, column, D_S, BLOCK_S, UPCAST)
+            raw_s = _products(q_s, k_s, rows_s, keys_s, D_S, BLOCK_S, UPCAST, PRECISION)
             if MEAN:
                 log_t = _mean_log2(
-                    qt, kt, query_t_strides, key_t_strides, lse_t + at_t, queries,
-                    query, takes_part, key, valid, factor_t, heads_t, group_t,
+                    rows_t, keys_t, lse_t + at_t, queries, factor_t, heads_t, group_t,
                     D_T, BLOCK_T, UPCAST, PRECISION,
                 )  # fmt: skip
             else:
-                k_t = _tile(kt, key_t_strides[2], key, valid, 0, D_T, BLOCK_T, UPCAST)
-                raw_t = _products(
-                    q_t, k_t, qt, query_t_strides[2], query, takes_part,
-                    kt, key_t_strides[2], key, valid, D_T, BLOCK_T, UPCAST, PRECISION,
-                )  # fmt: skip
+                k_t = _tile(keys_t, 0, D_T, BLOCK_T, UPCAST)
+                raw_t = _products(q_t, k_t, rows_t, keys_t, D_T, BLOCK_T, UPCAST, PRECISION)
                 log_t = raw_t * factor_t - log_sum_t[:, None]
             log_s = raw_s * factor_s - log_sum_s[:, None]
             scores = _score_gradient(log_s, log_t, moment[:, None], DIRECTION)
@@ -673,7 +641,7 @@ def _backward_query(
     size = tl.cast(batch, tl.int64) * heads * queries * D_S
     base = grad_query + pair * size
     base += tl.cast(b, tl.int64) * grad_strides[0] + tl.cast(head, tl.int64) * grad_strides[1]
-    _store(base, grad_strides[2], query, queries, chunk, gradient, D_S, BLOCK_S)
+    _store(base, grad_strides[2], query, queries, column, gradient, D_S, BLOCK_S)
 
 
 @triton.jit
@@ -734,14 +702,11 @@ def _backward_key(
     BLOCK_N: tl.constexpr,
 ):
     """dK of BLOCK_N keys of one key head, from all queries of its group of heads."""
-    tiles, chunks = tl.cdiv(keys, BLOCK_N), tl.cdiv(D_S, BLOCK_S)
     key_heads = heads // group_s
-    program = tl.program_id(0)
-    tile, program = program % tiles, program // tiles
-    chunk, program = program % chunks * BLOCK_S, program // chunks
-    key_head, program = program % key_heads, program // key_heads
-    b, pair = program % batch, program // batch
-
+    tile, chunk, key_head, b, pair = _place(
+        tl.cdiv(keys, BLOCK_N), tl.cdiv(D_S, BLOCK_S), key_heads, batch
+    )
+    column = chunk * BLOCK_S
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     seen += tl.cast(b, tl.int64) * seen_stride
     first, stop, lowest, highest, begin, full, full_end, end = _interval(
@@ -750,7 +715,8 @@ def _backward_key(
     takes_part = stop > first
     ks = _head(key_s, key_s_strides, pair, b, key_head)
     factor_s, factor_t = _of_pair(scale_s, pair), _of_pair(scale_t, pair)
-    k_s = _tile(ks, key_s_strides[2], key, takes_part, 0, D_S, BLOCK_S, UPCAST)
+    keys_s = (ks, key_s_strides, key, takes_part)
+    k_s = _tile(keys_s, 0, D_S, BLOCK_S, UPCAST)
 
     # Upstream gradients may be too small for float16 products: they enter as parts of the largest.
     unit = 1.0
@@ -758,7 +724,7 @@ def _backward_key(
         largest = tl.zeros([BLOCK_M], tl.float32)
         for in_group in range(group_s):
             head = pair * heads + key_head * group_s + in_group
-            at = (tl.cast(head, tl.int64) + tl.cast(b, tl.int64) * row_heads) * queries
+            at = _rows_of(head, b, row_heads, queries)
             for i in range(begin, end):
                 query = i * BLOCK_M + tl.arange(0, BLOCK_M)
                 log_sum = tl.load(lse_s + at + query, mask=query < queries, other=float("inf"))
@@ -775,10 +741,11 @@ def _backward_key(
         qs = _head(query_s, query_s_strides, pair, b, head)
         qt = _head(query_t, query_t_strides, pair, b, 0 if MEAN else head_t)
         kt = _head(key_t, key_t_strides, pair, b, 0 if MEAN else head_t // group_t)
-        at = (tl.cast(pair * heads + head, tl.int64) + tl.cast(b, tl.int64) * row_heads) * queries
-        at_t = (tl.cast(pair * heads_t, tl.int64) + tl.cast(b, tl.int64) * row_heads_t) * queries
+        at = _rows_of(pair * heads + head, b, row_heads, queries)
+        at_t = _rows_of(pair * heads_t, b, row_heads_t, queries)
+        keys_t = (kt, key_t_strides, key, takes_part)
         if not MEAN:
-            k_t = _tile(kt, key_t_strides[2], key, takes_part, 0, D_T, BLOCK_T, UPCAST)
+            k_t = _tile(keys_t, 0, D_T, BLOCK_T, UPCAST)
         for PARTIAL in tl.static_range(2):
             steps = (full - begin) + (end - full_end) if PARTIAL else full_end - full
             for step in tl.range(0, steps, num_stages=1 if PARTIAL else None):
@@ -786,29 +753,23 @@ def _backward_key(
                     query = _partial_tile(step, begin, full, full_end) * BLOCK_M
                     query += tl.arange(0, BLOCK_M)
                     row_first, row_stop = _seen(seen, query, query < queries, keys, plane, SEEN)
-                    valid = row_stop > row_first
+                    valid = (row_stop > row_first) & (query >= lowest) & (query < highest)
                     read = valid
                 else:
                     query = (full + step) * BLOCK_M + tl.arange(0, BLOCK_M)
-                    valid = None
                     read = query >= 0
-                q_s = _tile(qs, query_s_strides[2], query, valid, chunk, D_S, BLOCK_S, UPCAST)
-                raw_s = _products(
-                    q_s, k_s, qs, query_s_strides[2], query, valid,
-                    ks, key_s_strides[2], key, takes_part, D_S, BLOCK_S, UPCAST, PRECISION,
-                )  # fmt: skip
+                rows_s = (qs, query_s_strides, query, valid if PARTIAL else None)
+                rows_t = (qt, query_t_strides, query, valid if PARTIAL else None)
+                q_s = _tile(rows_s, column, D_S, BLOCK_S, UPCAST)
+                raw_s = _products(q_s, k_s, rows_s, keys_s, D_S, BLOCK_S, UPCAST, PRECISION)
                 if MEAN:
                     log_t = _mean_log2(
-                        qt, kt, query_t_strides, key_t_strides, lse_t + at_t, queries,
-                        query, valid, key, takes_part, factor_t, heads_t, group_t,
+                        rows_t, keys_t, lse_t + at_t, queries, factor_t, heads_t, group_t,
                         D_T, BLOCK_T, UPCAST, PRECISION,
                     )  # fmt: skip
                 else:
-                    q_t = _tile(qt, query_t_strides[2], query, valid, 0, D_T, BLOCK_T, UPCAST)
-                    raw_t = _products(
-                        q_t, k_t, qt, query_t_strides[2], query, valid,
-                        kt, key_t_strides[2], key, takes_part, D_T, BLOCK_T, UPCAST, PRECISION,
-                    )  # fmt: skip
+                    q_t = _tile(rows_t, 0, D_T, BLOCK_T, UPCAST)
+                    raw_t = _products(q_t, k_t, rows_t, keys_t, D_T, BLOCK_T, UPCAST, PRECISION)
                     at_lse = lse_t + at_t + tl.cast(head_t, tl.int64) * queries + query
                     log_sum_t = tl.load(at_lse, mask=read, other=0.0)
                     log_t = raw_t * factor_t - log_sum_t[:, None]
@@ -834,7 +795,7 @@ def _backward_key(
     size = tl.cast(batch, tl.int64) * key_heads * keys * D_S
     base = grad_key + pair * size
     base += tl.cast(b, tl.int64) * grad_strides[0] + tl.cast(key_head, tl.int64) * grad_strides[1]
-    _store(base, grad_strides[2], key, keys, chunk, gradient, D_S, BLOCK_S)
+    _store(base, grad_strides[2], key, keys, column, gradient, D_S, BLOCK_S)
 
 
 @triton.jit
@@ -884,17 +845,15 @@ def _fused(
     Tiles are [keys, queries]: the keys fill all warps however few queries are taken at a time.
     """
     key_heads = heads // group_s
-    program = tl.program_id(0)
-    key_head, program = program % key_heads, program // key_heads
-    b, pair = program % batch, program // batch
-
+    _, _, key_head, b, pair = _place(1, 1, key_heads, batch)
     key = tl.arange(0, BLOCK_N)
     seen += tl.cast(b, tl.int64) * seen_stride
     valid = _valid_others(seen + queries, key, 0, keys, plane, SEEN)
     ks = _head(key_s, key_s_strides, pair, b, key_head)
     factor_s, factor_t = _of_pair(scale_s, pair), _of_pair(scale_t, pair)
-    k_s = _tile(ks, key_s_strides[2], key, valid, 0, D_S, BLOCK_S, UPCAST)
-    centre = _centre(ks, key_s_strides[2], key, valid, 0, D_S, BLOCK_S)
+    keys_s = (ks, key_s_strides, key, valid)
+    k_s = _tile(keys_s, 0, D_S, BLOCK_S, UPCAST)
+    centre = _centre(keys_s, 0, D_S, BLOCK_S)
     upstream = factor_s * LN_2
     if DIVIDE:
         upstream = upstream / _rows_in_mean(counts, count_size, count_factor)
@@ -912,15 +871,17 @@ def _fused(
         qs = _head(query_s, query_s_strides, pair, b, head)
         qt = _head(query_t, query_t_strides, pair, b, head_t)
         kt = _head(key_t, key_t_strides, pair, b, head_t // group_t)
-        k_t = _tile(kt, key_t_strides[2], key, valid, 0, D_T, BLOCK_T, UPCAST)
+        k_t = _tile((kt, key_t_strides, key, valid), 0, D_T, BLOCK_T, UPCAST)
         for begin in range(0, queries, BLOCK_M):
             query = begin + tl.arange(0, BLOCK_M)
             first, stop = _seen(seen, query, query < queries, keys, plane, SEEN)
             takes_part = stop > first
             visible = (key[:, None] >= first[None, :]) & (key[:, None] < stop[None, :])
             visible = visible & valid[:, None]
-            q_s = _tile(qs, query_s_strides[2], query, takes_part, 0, D_S, BLOCK_S, UPCAST)
-            q_t = _tile(qt, query_t_strides[2], query, takes_part, 0, D_T, BLOCK_T, UPCAST)
+            rows_s = (qs, query_s_strides, query, takes_part)
+            rows_t = (qt, query_t_strides, query, takes_part)
+            q_s = _tile(rows_s, 0, D_S, BLOCK_S, UPCAST)
+            q_t = _tile(rows_t, 0, D_T, BLOCK_T, UPCAST)
             raw_s = tl.dot(k_s, tl.trans(q_s), input_precision=PRECISION)
             raw_t = tl.dot(k_t, tl.trans(q_t), input_precision=PRECISION)
             x_s, l_s = _below_maximum(raw_s, factor_s, visible)
@@ -929,19 +890,19 @@ def _fused(
             p_s = tl.exp2(x_s - tl.log2(l_s)[None, :])
             p_t = tl.exp2(x_t - tl.log2(l_t)[None, :])
             if DIRECTION == "forward":
-                mean = tl.sum(_weighted(p_t, x_t - x_s), 0)
+                mean = tl.sum(weighted(p_t, x_t - x_s), 0)
                 row = (mean + tl.log2(tl.div_rn(l_s, l_t))) * LN_2
                 scores = p_s - p_t
             elif DIRECTION == "reverse":
-                mean = tl.sum(_weighted(p_s, x_s - x_t), 0)
+                mean = tl.sum(weighted(p_s, x_s - x_t), 0)
                 row = (mean + tl.log2(tl.div_rn(l_t, l_s))) * LN_2
-                scores = _weighted(p_s, x_s - x_t - mean[None, :]) * LN_2
+                scores = weighted(p_s, x_s - x_t - mean[None, :]) * LN_2
             else:
                 log_ratio = tl.log2(tl.div_rn(l_s, l_t))
-                from_s, from_t = _to_middle((x_t - x_s + log_ratio[None, :]) * LN_2)
-                mean = tl.sum(_weighted(p_s, from_s), 0)
-                row = 0.5 * (mean + tl.sum(_weighted(p_t, from_t), 0))
-                scores = 0.5 * _weighted(p_s, from_s - mean[None, :])
+                from_s, from_t = to_middle((x_t - x_s + log_ratio[None, :]) * LN_2)
+                mean = tl.sum(weighted(p_s, from_s), 0)
+                row = 0.5 * (mean + tl.sum(weighted(p_t, from_t), 0))
+                scores = 0.5 * weighted(p_s, from_s - mean[None, :])
             loss += tl.where(takes_part, row, 0.0)
             scores = tl.where(visible, scores, 0.0).to(qs.dtype.element_ty)
             weight = tl.sum(scores.to(tl.float32), 0)
@@ -975,7 +936,7 @@ def _rows_in_mean(counts, count_size, count_factor):
         for begin in range(0, count_size, 256):
             i = begin + tl.arange(0, 256)
             some += tl.load(counts + i, mask=i < count_size, other=0)
-        total = tl.sum(some, 0).to(tl.float32)
+        total = tl.sum(some.to(tl.int64), 0).to(tl.float32)
     return tl.maximum(total * count_factor, 1.0)
 
 
@@ -983,10 +944,11 @@ def _rows_in_mean(counts, count_size, count_factor):
 def _losses(losses, partial, counts, programs, count_size, count_factor, DIVIDE: tl.constexpr):
     """One loss per layer pair, from the sums of its programs in a fixed order."""
     pair = tl.program_id(0)
+    partial += tl.cast(pair, tl.int64) * programs
     total = tl.zeros([256], tl.float32)
     for begin in range(0, programs, 256):
         i = begin + tl.arange(0, 256)
-        total += tl.load(partial + pair * programs + i, mask=i < programs, other=0.0)
+        total += tl.load(partial + i, mask=i < programs, other=0.0)
     loss = tl.sum(total, 0)
     if DIVIDE:
         loss = loss / _rows_in_mean(counts, count_size, count_factor)
@@ -1137,7 +1099,8 @@ LAUNCH["interpreter"] = {
 }
 # What every other NVIDIA GPU gets; most have 99 KB of shared memory.
 LAUNCH["sm_86"] = {**LAUNCH["sm_80"], "fused": {(2, 64, 128): (32, 128, 8, 1)}}
-FUSED_KEYS = 256
+# Up to so many keys `_fused` holds whole rows of scores on chip.
+WHOLE_ROWS = 256
 # Layer pairs of one launch; their addresses are kernel arguments, of which a launch takes 4 KB.
 PAIRS = 32
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -1174,11 +1137,16 @@ def launch_parameters(
         return None
     block_m, block_n, warps, stages = found
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    if INTERPRETED:  # which knows neither option
-        return blocks
+    return {**blocks, **compiler_options(name)}
+
+
+def compiler_options(name: str) -> dict[str, Any]:
+    if INTERPRETED:  # which knows neither
+        return {}
+    options: dict[str, Any] = {"enable_fp_fusion": False}
     if name.startswith("sm_"):  # ptxas may spill to fit one more program on a processor: not here
-        blocks["maxnreg"] = 255
-    return {**blocks, "enable_fp_fusion": False}
+        options["maxnreg"] = 255
+    return options
 
 
 def precision(like: Tensor) -> str:
@@ -1221,12 +1189,13 @@ def _visibility_of(
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     masks = [None if x is None else x.view(torch.uint8) for x in (attention_mask, query_mask)]
     with torch.cuda.device_of(query):
-        _visibility[(tiles + triton.cdiv(keys, block), some)](
+        _visibility[((tiles + triton.cdiv(keys, block)) * some,)](
             seen, counts, *masks, cu_seqlens,
             *((0, 0) if x is None else x.stride() for x in masks),
-            queries, keys, sequences, sequences.bit_length(),
+            some, queries, keys, sequences, sequences.bit_length(),
             0 if window is None else min(window, lines),
             CAUSAL=causal, WINDOW=window is not None, BLOCK=block,
+            **compiler_options(architecture(query.device)),
         )  # fmt: skip
     return _Visible(
         True, seen, counts, lines if masked else 0, some * lines, some * tiles, batch // some
@@ -1470,7 +1439,7 @@ def fused(
         for i in (run.start for run in runs)
     ]
     launches = [launch for launch in found if launch is not None]
-    short = keys <= FUSED_KEYS and cu_seqlens is None
+    short = keys <= WHOLE_ROWS and cu_seqlens is None
     wide = any(x.shape[3] > width_block(x) for side in (query_s, query_t) for x in side)
     several = mean_heads and any(x.shape[1] > 1 for x in query_t)
     if not short or wide or several or len(launches) < len(runs):

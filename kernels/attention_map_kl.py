@@ -22,31 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from kdfast.kernels.divergence import LN_2, LOG2_E, to_middle, weighted
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _weighted(p, values):
-    """p * values, 0 where p is exactly 0."""
-    return tl.where(p == 0.0, 0.0, p * values)
-
-
-@triton.jit
-def _to_middle(difference):
-    """log p_s - log m and log p_t - log m, of difference = log p_t - log p_s, m their mean.
-
-    With y the difference these are -max(y, 0) - g and min(y, 0) - g for g = log((1 + e^-|y|) / 2);
-    near 0 the series of log cosh(y / 2) = g + |y| / 2 keeps the digits of y.
-    """
-    size = tl.abs(difference)
-    z = difference * difference
-    series = tl.fma(z, -17.0 / 645120, 1.0 / 2880)
-    series = z * tl.fma(z, tl.fma(z, series, -1.0 / 192), 0.125)
-    far = tl.log2(tl.fma(tl.exp2(size * -LOG2_E), 0.5, 0.5)) * LN_2
-    g = tl.where(size < 0.5, series - 0.5 * size, far)
-    return -(tl.maximum(difference, 0.0) + g), tl.minimum(difference, 0.0) - g
 
 
 @triton.jit
@@ -86,15 +64,15 @@ def _probabilities(s, t, level_s, level_t, sum_s, sum_t, SCORES: tl.constexpr):
 def _divergence(p_s, p_t, difference, DIRECTION: tl.constexpr):
     """Sums over the tile: the row's, and that of KL(s ‖ m)."""
     if DIRECTION == "forward":
-        row = tl.sum(_weighted(p_t, difference), 1)
+        row = tl.sum(weighted(p_t, difference), 1)
         inner = row
     elif DIRECTION == "reverse":
-        row = tl.sum(_weighted(p_s, -difference), 1)
+        row = tl.sum(weighted(p_s, -difference), 1)
         inner = row
     else:
-        from_s, from_t = _to_middle(difference)
-        inner = tl.sum(_weighted(p_s, from_s), 1)
-        row = 0.5 * (inner + tl.sum(_weighted(p_t, from_t), 1))
+        from_s, from_t = to_middle(difference)
+        inner = tl.sum(weighted(p_s, from_s), 1)
+        row = 0.5 * (inner + tl.sum(weighted(p_t, from_t), 1))
     return row, inner
 
 
@@ -105,17 +83,17 @@ def _gradient(p_s, p_t, difference, row, inner, DIRECTION: tl.constexpr, SCORES:
         if DIRECTION == "forward":
             gradient = p_s - p_t
         elif DIRECTION == "reverse":
-            gradient = _weighted(p_s, -difference - row[:, None])
+            gradient = weighted(p_s, -difference - row[:, None])
         else:
-            from_s, _ = _to_middle(difference)
-            gradient = 0.5 * _weighted(p_s, from_s - inner[:, None])
+            from_s, _ = to_middle(difference)
+            gradient = 0.5 * weighted(p_s, from_s - inner[:, None])
     else:
         if DIRECTION == "forward":
             gradient = tl.where(p_t == 0.0, 0.0, -p_t / p_s)
         elif DIRECTION == "reverse":
             gradient = tl.where(p_s == 0.0, 0.0, 1.0 - difference)
         else:
-            from_s, _ = _to_middle(difference)
+            from_s, _ = to_middle(difference)
             gradient = tl.where(p_s == 0.0, 0.0, 0.5 * from_s)
     return gradient
 
@@ -143,11 +121,13 @@ def _rows(
     DIRECTION: tl.constexpr,
     BACKWARD: tl.constexpr,
     LONG: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """ROWS rows: their divergence, or (BACKWARD) their gradient."""
-    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # Divisions of 64 bits are slow: only where there are so many rows.
+    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * ROWS + tl.arange(0, ROWS)
     inside = index < total
     query, head = (index % queries).to(tl.int64), (index // queries % heads).to(tl.int64)
     batch = (index // queries // heads).to(tl.int64)
@@ -176,8 +156,8 @@ def _rows(
                 top_t = tl.maximum(top_t, tl.max(t, 1))
                 was_s, was_t = level_s, level_t
                 level_s, level_t = _level(top_s), _level(top_t)
-                sum_s = _weighted(sum_s, tl.exp2((was_s - level_s) * LOG2_E))
-                sum_t = _weighted(sum_t, tl.exp2((was_t - level_t) * LOG2_E))
+                sum_s = weighted(sum_s, tl.exp2((was_s - level_s) * LOG2_E))
+                sum_t = weighted(sum_t, tl.exp2((was_t - level_t) * LOG2_E))
                 sum_s += tl.sum(tl.exp2((s - level_s[:, None]) * LOG2_E), 1)
                 sum_t += tl.sum(tl.exp2((t - level_t[:, None]) * LOG2_E), 1)
         takes_part = valid & (seen > 0)
@@ -272,7 +252,7 @@ def _launch(
             (0, 0) if mask is None else mask.stride(),
             (0, 0, 0) if grad_rows is None else grad_rows.stride(),
             total, heads, queries, keys, SCORES=scores, DIRECTION=direction,
-            BACKWARD=grad_rows is not None, **launch,
+            BACKWARD=grad_rows is not None, WIDE=total >= 1 << 31, **launch,
         )  # fmt: skip
 
 

@@ -70,9 +70,13 @@ def refuses(backend: str, x: torch.Tensor) -> str | None:
         return None if x.device.type == "cpu" else f"inputs are on {x.device}, not on the CPU"
     if x.dtype == torch.float64:
         return "float64 is served by the reference and cpp"
-    if x.device.type == ("cpu" if backend == "triton" and interpreting() else "cuda"):
-        return None
-    return f"inputs are on {x.device}, not on a GPU"
+    if x.device.type != ("cpu" if backend == "triton" and interpreting() else "cuda"):
+        return f"inputs are on {x.device}, not on a GPU"
+    if backend == "triton" and x.device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        if major < 8:
+            return f"{x.device} has compute capability {major}.{minor}; triton serves 8.0 and later"
+    return None
 
 
 def interpreting() -> bool:

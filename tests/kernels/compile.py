@@ -69,15 +69,18 @@ def attention_kl(architecture, dtypes, widths, directions, exhaustive):
     if TARGETS[architecture][0].backend == "cuda":
         module.precision = lambda x: "tf32x3" if x.dtype == torch.float32 else "ieee"
 
-    def inputs(dtype, width, keys, heads_t=4, pairs=1):
-        sides = ((4, 64), (2, keys), (heads_t, 64), (heads_t, keys))
-        return [[torch.zeros(2, h, n, width, dtype=dtype) for _ in range(pairs)] for h, n in sides]
+    def inputs(dtype, width, keys, pairs=1, batch=2, key_heads=2):
+        sides = ((4, 64), (key_heads, keys), (4, 64), (4, keys))
+        return [
+            [torch.zeros(batch, h, n, width, dtype=dtype) for _ in range(pairs)] for h, n in sides
+        ]
 
-    def call(dtype, width, direction, *, keys=512, mask=False, mean=False, pairs=1, **options):
-        sides = inputs(dtype, width, keys, pairs=pairs)
+    def call(dtype, width, direction, *, keys=512, mask=False, mean=False, sizes=None, **options):
+        sides = inputs(dtype, width, keys, **(sizes or {}))
+        batch, pairs = sides[0][0].shape[0], len(sides[0])
         causal, window = options.get("causal", False), options.get("window")
         cu_seqlens = options.get("cu_seqlens")
-        attention_mask = torch.ones(2, keys, dtype=torch.bool) if mask else None
+        attention_mask = torch.ones(batch, keys, dtype=torch.bool) if mask else None
         scales = [0.125] * pairs
         arguments = (
             *sides, attention_mask, None, cu_seqlens, scales, scales, causal, window, mean,
@@ -86,9 +89,10 @@ def attention_kl(architecture, dtypes, widths, directions, exhaustive):
         statistics = module.forward(*arguments)
         module.backward(torch.zeros_like(statistics[0]), *statistics, *arguments, True)
 
-    def fused(dtype, width, direction, keys, mask):
-        sides = inputs(dtype, width, keys)
-        attention_mask = torch.ones(2, keys, dtype=torch.bool) if mask else None
+    def fused(dtype, width, direction, keys, mask, **sizes):
+        sides = inputs(dtype, width, keys, **sizes)
+        batch = sides[0][0].shape[0]
+        attention_mask = torch.ones(batch, keys, dtype=torch.bool) if mask else None
         module.fused(
             *sides, attention_mask, None, None, [0.125], [0.125], False, None, False, direction,
             "mean", False,
@@ -100,10 +104,14 @@ def attention_kl(architecture, dtypes, widths, directions, exhaustive):
                 call(dtype, width, direction, mask=True)
                 for keys in (128, 256):
                     fused(dtype, width, direction, keys, True)
+                # Sizes of 1 become constants of the code.
+                alone = {"batch": 1, "key_heads": 4}
+                call(dtype, width, direction, mask=True, sizes=alone)
+                fused(dtype, width, direction, 128, True, **alone)
                 if exhaustive:
                     call(dtype, width, direction)
                     call(dtype, width, direction, causal=True, window=64)
-                    call(dtype, width, direction, mask=True, pairs=12)
+                    call(dtype, width, direction, mask=True, sizes={"pairs": 12})
                     call(dtype, width, direction, mask=True, mean=True)
                     fused(dtype, width, direction, 128, False)
         if exhaustive:

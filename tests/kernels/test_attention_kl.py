@@ -159,6 +159,14 @@ def test_layer_pairs_alike_share_a_launch(monkeypatch, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_grids_are_of_one_dimension_so_that_any_batch_fits(monkeypatch, reduction):
+    names = ("_visibility", "_forward", "_backward_query", "_backward_key", "_fused", "_losses")
+    grids = [launches(monkeypatch, name) for name in names]
+    results(four(n=5), "triton", reduction=reduction, attention_mask=right_padded(5, 5, 3))
+    assert {len(grid) for grid in sum(grids, [])} == {1}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @directions
 def test_every_output_element_is_written(direction, reduction, small_tiles):
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
@@ -185,6 +193,59 @@ def test_padding_of_nan_and_infinity_does_not_spread(request, direction, fused):
     found = [results(x, "triton", **options) for x in (spoilt, clean)]
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+# Patterns in which there are keys that no row sees, or queries that see no key, unnamed by a mask.
+UNSEEN = {
+    "window, more keys": (20, 60, {"window": 3}),
+    "window, more queries": (60, 20, {"window": 3}),
+    "causal, more queries": (60, 20, {"causal": True}),
+    "causal window, more keys": (20, 60, {"causal": True, "window": 3}),
+    "window, masked queries": (
+        40, 40, {"window": 2, "query_mask": ((torch.arange(40) - 17).abs() > 9).expand(2, -1)},
+    ),
+    "window, masked keys": (
+        40, 40, {"window": 2, "attention_mask": ((torch.arange(40) - 17).abs() > 9).expand(2, -1)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@directions
+@pytest.mark.parametrize("case", UNSEEN)
+def test_nan_in_keys_and_queries_outside_the_pattern_does_not_spread(
+    request, case, direction, fused
+):
+    if not fused:
+        request.getfixturevalue("small_tiles")
+    queries, keys, options = UNSEEN[case]
+    row, key = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
+    visible = (row - key).abs() <= options.get("window", keys)
+    if options.get("causal"):
+        visible &= key <= row
+    of_keys = options.get("attention_mask")
+    of_queries = options.get("query_mask", of_keys)
+    visible &= True if of_queries is None else of_queries[0, :, None]
+    visible &= True if of_keys is None else of_keys[0]
+    blind, unseen = ~visible.any(1), ~visible.any(0)
+    assert blind.any() or unseen.any()
+    inputs = four(h=1, n=queries, nk=keys)
+    spoilt = [x.clone() for x in inputs]
+    for i, x in enumerate(spoilt):
+        x[:, :, unseen if i % 2 else blind] = math.nan
+    found = [results(x, "triton", direction=direction, **options) for x in (spoilt, inputs)]
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert not found[0][1][:, :, blind].any() and not found[0][2][:, :, unseen].any()
+
+
+def test_nan_in_a_query_reaches_no_tile_of_keys_that_it_does_not_see(small_tiles):
+    inputs = four(b=1, h=1, n=40)
+    inputs[0][:, :, 20] = math.nan
+    loss, grad_query, grad_key = results(inputs, "triton", window=2, reduction="none")
+    assert loss.isnan().nonzero()[:, -1].tolist() == [20]
+    assert grad_query.isnan().any(-1).nonzero()[:, -1].tolist() == [20]
+    assert grad_key[:, :, :16].isfinite().all() and grad_key[:, :, 32:].isfinite().all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -43,6 +43,7 @@ def compilations(request):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)  # all compile for the first of these
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_spills(compilations, architecture):
     out, errors = compilations[architecture]

@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kdfast import ops, reference
-from kdfast.ops import attention_kl, cka, dispatch, explain
+from kdfast.ops import attention_kl, cka, dispatch, explain, library
 
 OPERATORS = [
     "attention_kl",
@@ -103,6 +104,21 @@ def test_explain_gives_every_backend_and_the_reason_it_cannot_run():
 def test_explain_of_an_unknown_operator_lists_the_known_ones():
     with pytest.raises(ValueError, match="'ckaa' is unknown.*attention_kl.*layer_projection"):
         explain("ckaa")
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "served"),
+    [((7, 5), None, False), ((8, 0), None, True), ((12, 0), None, True), ((7, 5), "7.0", True)],
+)
+def test_triton_serves_nvidia_gpus_from_compute_capability_8_on(
+    monkeypatch, capability, hip, served
+):
+    monkeypatch.setattr(library, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16)
+    reason = library.refuses("triton", x)
+    assert reason is None if served else "compute capability 7.5" in reason
 
 
 def kernel(result, reason=None):
