@@ -15,7 +15,7 @@ The results, as JSON (`kdfast.benchmarks.report` needs nothing else):
     complete    false while the run goes on
     set         "cpu" | "cuda" | "quick"
     device      "cpu" | "cuda"
-    machine     {cpu: model, threads, load: of the last minute before the run | null,
+    machine     {cpu: model, threads,
                  gpu: name | null, capability: "9.0" | null, gpu_memory: bytes | null}
     versions    {kdfast, python, torch, cuda, triton}; null where it is not there
     ceilings    {bytes: per second of a large copy, read and written,
@@ -28,6 +28,7 @@ The results, as JSON (`kdfast.benchmarks.report` needs nothing else):
                                     error: {loss and each gradient: |x - x64|max / |x64|max},
                                     memory: {beyond_inputs, beyond_inputs_and_gradients} | null,
                                     skipped: why it was not run | null}},
+                  others: share of the CPUs that other work took during the rounds | null,
                   wrong: [what is wrong with which variant]}]
 
 Seconds of the k-th round of all variants of a row belong together. Memory is the peak in bytes
@@ -191,6 +192,30 @@ class Clock:
         return begin.elapsed_time(end) / 1e3
 
 
+class OtherWork:
+    """What the CPUs do for other processes from now on; what a hypervisor withholds counts too."""
+
+    def __init__(self) -> None:
+        self.before = self._seconds()
+
+    def share(self) -> float | None:
+        """Of the time of all CPUs; None where the system does not say."""
+        if self.before is None or (after := self._seconds()) is None:
+            return None
+        busy, own, wall = (b - a for a, b in zip(self.before, after, strict=True))
+        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float] | None:
+        try:
+            said = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+            user, nice, system, _, _, irq, softirq, steal = (float(x) for x in said)
+        except (OSError, ValueError, IndexError):
+            return None
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, sum(os.times()[:4]), time.perf_counter()
+
+
 def last_level_cache() -> int:
     """Bytes; 64 MiB where the system does not say."""
     sizes = []
@@ -274,6 +299,7 @@ def measure(
             variants[name]["memory"] = peak_in_a_process(row, name)
 
     gc.disable()
+    others = OtherWork() if device.type == "cpu" else None
     try:
         for number, order in enumerate(_interleaved(list(runners), rounds[1])):
             say(f"round {number + 1}")
@@ -295,6 +321,7 @@ def measure(
         "work": vars(work),
         "bound": bound(work, row.dtype, ceilings),
         "variants": variants,
+        "others": others and others.share(),
         "wrong": wrong,
     }
 
@@ -581,8 +608,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         )
     except (OSError, StopIteration):
         pass
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    found = {"cpu": cpu, "threads": torch.get_num_threads(), "load": load}
+    found = {"cpu": cpu, "threads": torch.get_num_threads()}
     if device.type != "cuda":
         return found | {"gpu": None, "capability": None, "gpu_memory": None}
     properties = torch.cuda.get_device_properties(device)

@@ -16,6 +16,7 @@ from kdfast.errors import InputError
 
 BASELINES = ("eager", "compile", "flash")
 PLOTS = ("ratios", "bound", "memory")
+BUSY = 0.1  # share of the CPUs that other work may take before the report says so
 COLOURS = {
     "kdfast cuda": "C0",
     "kdfast triton": "C9",
@@ -105,8 +106,10 @@ def _setting(results: dict[str, Any]) -> list[str]:
     if ceilings["exponentials"]:
         found.append(f"{ceilings['exponentials'] / 1e12:,.3g} T exponentials/s")
     lines = [f"{device}; {versions}; {results['time'][:10]}.", "", f"Ceilings: {', '.join(found)}."]
-    if results["device"] == "cpu" and (load := machine.get("load") or 0) > 0.5:
-        lines += ["", f"**The machine was busy: a load of {load:.1f} before the run.**"]
+    others = max((row.get("others") or 0 for row in results["rows"]), default=0)
+    if others > BUSY:
+        share = f"{100 * others:.0f} %"
+        lines += ["", f"**The machine was busy with {share} other work in the worst row.**"]
     return lines
 
 

@@ -69,8 +69,8 @@ def test_wrong_and_unfinished_results_are_announced(results: dict[str, Any]) -> 
 
 def test_busy_machine_is_announced(results: dict[str, Any]) -> None:
     assert "busy" not in report.markdown(results)
-    results["device"], results["machine"]["load"] = "cpu", 3.2
-    assert "a load of 3.2 before the run" in report.markdown(results)
+    results["rows"][0]["others"] = 0.32
+    assert "busy with 32 % other work" in report.markdown(results)
 
 
 def test_report_is_written_from_json_alone(
