@@ -77,16 +77,17 @@ gpu-build:
 	$(gpu_built) $(python) -c "$$gpu_library"
 
 # The files with GPU tests; others import packages that such a machine need not have. Their time goes
-# into Triton, which compiles one kernel after the other, so that several processes share them.
+# into Triton, which compiles one kernel after the other, so that several processes share them;
+# build/gpu/*.log has what each one has said so far.
 gpu_ladder := $(CURDIR)/tests/ops/test_kernels.py
 define gpu_tests
-part() { said=$$($(gpu_pytest) "$$@" 2>&1) || touch failed; echo "$$said"; }; \
-part $(CURDIR)/tests/csrc & \
-part $(CURDIR)/tests/kernels $(CURDIR)/tests/benchmarks & \
-part $(gpu_ladder) -k cuda & \
-part $(gpu_ladder) -k "triton and rows" & \
-part $(gpu_ladder) -k "triton and scalar" & \
-part $(gpu_ladder) -k "triton and not rows and not scalar" & \
+part() { log=$$1; shift; $(gpu_pytest) "$$@" > $$log.log 2>&1 || touch failed; cat $$log.log; }; \
+part csrc $(CURDIR)/tests/csrc & \
+part kernels $(CURDIR)/tests/kernels $(CURDIR)/tests/benchmarks & \
+part ladder-cuda $(gpu_ladder) -k cuda & \
+part ladder-rows $(gpu_ladder) -k "triton and rows" & \
+part ladder-scalars $(gpu_ladder) -k "triton and scalar" & \
+part ladder-rest $(gpu_ladder) -k "triton and not rows and not scalar" & \
 wait
 endef
 gpu-test: gpu-build  ## on a CUDA machine: build, run the GPU tests

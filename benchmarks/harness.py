@@ -15,7 +15,7 @@ The results, as JSON (`kdfast.benchmarks.report` needs nothing else):
     complete    false while the run goes on
     set         "cpu" | "cuda" | "quick"
     device      "cpu" | "cuda"
-    machine     {cpu: model, threads,
+    machine     {cpu: model, threads, allocator: "default", or the libraries that are preloaded,
                  gpu: name | null, capability: "9.0" | null, gpu_memory: bytes | null}
     versions    {kdfast, python, torch, cuda, triton}; null where it is not there
     ceilings    {bytes: per second of a large copy, read and written,
@@ -608,7 +608,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         )
     except (OSError, StopIteration):
         pass
-    found = {"cpu": cpu, "threads": torch.get_num_threads()}
+    allocator = os.environ.get("LD_PRELOAD") or "default"
+    found = {"cpu": cpu, "threads": torch.get_num_threads(), "allocator": Path(allocator).name}
     if device.type != "cuda":
         return found | {"gpu": None, "capability": None, "gpu_memory": None}
     properties = torch.cuda.get_device_properties(device)

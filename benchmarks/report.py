@@ -100,7 +100,8 @@ def markdown(results: dict[str, Any], images: dict[str, list[str]] | None = None
 def _setting(results: dict[str, Any]) -> list[str]:
     machine, ceilings = results["machine"], results["ceilings"]
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items() if v)
-    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    cpu = f"{machine['cpu']}, {machine['threads']} threads, {machine['allocator']} allocator"
+    device = machine["gpu"] or cpu
     found = [f"copy {ceilings['bytes'] / 1e9:,.0f} GB/s"]
     found += [f"{dtype} {x / 1e12:,.3g} TFLOP/s" for dtype, x in ceilings["flops"].items()]
     if ceilings["exponentials"]:

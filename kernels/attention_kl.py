@@ -1329,40 +1329,10 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of all student queries and keys, flat, in their dtype."""
     like = query_s[0]
-    return _gradients(
-        like.dtype, grad_rows, rows, inner, lse_s, lse_t, query_s, key_s, query_t, key_t,
-        attention_mask, query_mask, cu_seqlens, scale_s, scale_t, causal, window, mean_heads,
-        direction, tokens_first,
-    )  # fmt: skip
-
-
-def _gradients(
-    dtype: torch.dtype,
-    grad_rows: Tensor,
-    rows: Tensor,
-    inner: Tensor,
-    lse_s: Tensor,
-    lse_t: Tensor,
-    query_s: list[Tensor],
-    key_s: list[Tensor],
-    query_t: list[Tensor],
-    key_t: list[Tensor],
-    attention_mask: Tensor | None,
-    query_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale_s: list[float],
-    scale_t: list[float],
-    causal: bool,
-    window: int | None,
-    mean_heads: bool,
-    direction: str,
-    tokens_first: bool,
-) -> tuple[Tensor, Tensor]:
-    like = query_s[0]
     batch, _, queries, _ = like.shape
     keys = key_s[0].shape[2]
     grad_query, grad_key = (
-        like.new_empty((sum(x.numel() for x in side),), dtype=dtype) for side in (query_s, key_s)
+        like.new_empty((sum(x.numel() for x in side),)) for side in (query_s, key_s)
     )
     if grad_query.numel() == 0:
         return grad_query, grad_key
@@ -1401,6 +1371,29 @@ def _gradients(
     return grad_query, grad_key
 
 
+def fuses(
+    query_s: list[Tensor],
+    key_s: list[Tensor],
+    query_t: list[Tensor],
+    direction: str,
+    mean_heads: bool,
+    packed: bool,
+) -> bool:
+    """Whether `fused` serves these: all scores of a row, and both its widths, stay on chip."""
+    keys = key_s[0].shape[2]
+    if keys > WHOLE_ROWS or packed or (mean_heads and any(x.shape[1] > 1 for x in query_t)):
+        return False
+    return all(
+        max(s.shape[3], t.shape[3]) <= 256 // s.dtype.itemsize
+        and launch_parameters("fused", direction, s, t, _padded(keys)) is not None
+        for s, t in zip(query_s, query_t, strict=True)
+    )
+
+
+def _padded(keys: int) -> int:
+    return 128 if keys <= 128 else 256
+
+
 def fused(
     query_s: list[Tensor],
     key_s: list[Tensor],
@@ -1430,32 +1423,13 @@ def fused(
     if grad_query.numel() == 0:
         return losses.zero_(), grad_query, grad_key
     sides = (query_s, key_s, query_t, key_t)
-    inputs = (*sides, attention_mask, query_mask, cu_seqlens, scale_s, scale_t)
-    options = (causal, window, mean_heads, direction)
-    padded = max(128, triton.next_power_of_2(keys))
     runs = list(_runs(*sides))
     found = [
-        launch_parameters("fused", direction, query_s[i], query_t[i], padded)
+        launch_parameters("fused", direction, query_s[i], query_t[i], _padded(keys))
         for i in (run.start for run in runs)
     ]
     launches = [launch for launch in found if launch is not None]
-    short = keys <= WHOLE_ROWS and cu_seqlens is None
-    wide = any(x.shape[3] > width_block(x) for side in (query_s, query_t) for x in side)
-    several = mean_heads and any(x.shape[1] > 1 for x in query_t)
-    if not short or wide or several or len(launches) < len(runs):
-        rows, inner, lse_s, lse_t = forward(*inputs, *options)
-        heads = [x.shape[1] for x in query_s]
-        losses = torch.stack([x.sum() for x in rows.split(heads, 1)])
-        upstream = torch.ones_like(losses)
-        if reduction == "mean":
-            taking_part = (lse_s[:, 0] != torch.inf).sum().clamp(min=1)
-            counts = torch.stack([taking_part * n for n in heads]).to(losses.dtype)
-            losses, upstream = losses / counts, upstream / counts
-        per_head = [x.expand(n) for x, n in zip(upstream.unbind(), heads, strict=True)]
-        grad_rows = torch.cat(per_head)[None, :, None].expand_as(rows)
-        return losses, *_gradients(
-            torch.float32, grad_rows, rows, inner, lse_s, lse_t, *inputs, *options, tokens_first
-        )
+    assert len(launches) == len(runs) and cu_seqlens is None, "`fuses` says no"
 
     visible = _visibility_of(like, key_s[0], attention_mask, query_mask, None, causal, window)
     at_query = at_key = 0

@@ -69,9 +69,11 @@ static void divergence_of_probabilities(Row<Real>& row) {
         const Vec<Real> p_s = load<Real>(row.s + j), p_t = load<Real>(row.t + j);
         const Ints<Real> zero_s = p_s == Real(0), zero_t = p_t == Real(0);
         if (D == JS) {
-            const Vec<Real> middle = (p_s + p_t) / Real(2), h = (p_s - p_t) / Real(2) / middle;
-            from_s += zero_where<Real>(zero_s, p_s * logarithm<Real>(p_s / middle, h));
-            from_t += zero_where<Real>(zero_t, p_t * logarithm<Real>(p_t / middle, -h));
+            const Vec<Real> both = p_s + p_t, h = (p_s - p_t) / both;  // half of it may be no number
+            const Vec<Real> log_s = logarithm<Real>(p_s * Real(2) / both, h);
+            const Vec<Real> log_t = logarithm<Real>(p_t * Real(2) / both, -h);
+            from_s += zero_where<Real>(zero_s, p_s * log_s);
+            from_t += zero_where<Real>(zero_t, p_t * log_t);
         } else {
             if (D == FORWARD) from_t += zero_where<Real>(zero_t, p_t * log_ratio<Real>(p_t, p_s));
             if (D == REVERSE) from_s += zero_where<Real>(zero_s, p_s * log_ratio<Real>(p_s, p_t));
@@ -95,8 +97,8 @@ static void differential_of_probabilities(Row<Real>& row, Real g) {
         } else if (D == REVERSE) {
             d = zero_where<Real>(zero_s, (log_ratio<Real>(p_s, p_t) + Real(1)) * g);
         } else {
-            const Vec<Real> middle = (p_s + p_t) / Real(2), h = (p_s - p_t) / Real(2) / middle;
-            d = zero_where<Real>(zero_s, logarithm<Real>(p_s / middle, h) * (g / 2));
+            const Vec<Real> both = p_s + p_t, h = (p_s - p_t) / both;
+            d = zero_where<Real>(zero_s, logarithm<Real>(p_s * Real(2) / both, h) * (g / 2));
         }
         store<Real>(row.s + j, d);
     }

@@ -18,14 +18,14 @@
 namespace kdfast {
 
 // Asks for large pages under memory that is about to be written as a whole: the first touch of a
-// page costs more than most arithmetic on it. Up to about this size malloc keeps what it is given
+// page costs more than most arithmetic on it. Up to this size glibc's malloc keeps what it is given
 // back; beyond, pages are new each time, and where a hypervisor takes free memory away, new large
 // ones can cost twenty times more than usual.
-constexpr int64_t LARGE_PAGE = int64_t(2) << 20, KEPT_BY_MALLOC = int64_t(32) << 20;
+constexpr int64_t LARGE_PAGE = int64_t(2) << 20, MALLOC_KEEPS = int64_t(32) << 20;
 
 inline void use_large_pages(void* start, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-    if (bytes > KEPT_BY_MALLOC) return;
+    if (bytes > MALLOC_KEEPS) return;
     const uintptr_t inside = ~uintptr_t(LARGE_PAGE - 1);
     const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + LARGE_PAGE - 1) & inside;
     const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) & inside;

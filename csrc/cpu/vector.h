@@ -148,9 +148,10 @@ static inline Vec<Real> exponential(Vec<Real> x, Ints<Real>& none) {
     p = p * r + Real(1);
     none = x < T::LEAST_EXP;
     hold(none);
-    // n is in the low bits of `shifted`: from there it is added to the exponent of p.
+    // n is in the low bits of `shifted`: from there it is added to the exponent of p. NaN has bits
+    // of its own there, which could make a number of it.
     const Ints<Real> power = (Ints<Real>)shifted << T::MANTISSA;
-    return with_bits<Real>(((Ints<Real>)p + power) & ~none);
+    return with_bits<Real>((((Ints<Real>)p + power) & ~none) | (x != x));
 }
 
 // log x of normal x, less that of 2^LIFTED in lanes `lifted`, where `delta` = x - 1 is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -385,9 +386,8 @@ _FUSED = library.define(
     "attention_kl_fused",
     f"({_INPUTS}, str reduction, bool tokens_first) -> (Tensor, Tensor, Tensor)",
     _fake_fused,
+    ("cpp", "triton"),
 )
-# Up to how many keys a backend makes the gradient in the forward sweep; None: always.
-FUSED_KEYS: dict[str, int | None] = {"cpp": None, "triton": 256, "cuda": 256}
 SWAPPED = {"forward": "reverse", "reverse": "forward", "js": "js"}
 
 
@@ -549,6 +549,7 @@ def _counts(lse_s: Tensor, heads: list[int]) -> Tensor:
 
 def _serve(
     backend: str,
+    fuses: Callable[..., bool],
     *,
     query_s: Tensor | list[Tensor],
     key_s: Tensor | list[Tensor],
@@ -598,17 +599,17 @@ def _serve(
     masks = [attention_mask, query_mask, cu_seqlens]
     if torch.compiler.is_compiling():  # refuses one tensor in two places
         masks, tensors = _distinct(masks), _distinct(tensors)
-    limit = FUSED_KEYS[backend]
+    mean_heads = match_heads == "mean"
     fused = (
         reduction != "none"
         and torch.is_grad_enabled()
         and any(x.requires_grad for side in sides[:2] for x in side)
         and not any(x.requires_grad for side in sides[2:] for x in side)
-        and (limit is None or (sides[1][0].shape[2] <= limit and not packed))
+        and fuses(*sides[:3], direction, mean_heads, packed)
     )
     result: Tensor = _AttentionKL.apply(
         backend, fused, reduction, scales(scale_s, sides[0]), scales(scale_t, sides[2]),
-        causal, window, match_heads == "mean", direction,
+        causal, window, mean_heads, direction,
         *masks, *tensors,
     )  # fmt: skip
     if reduction != "none":
@@ -634,11 +635,19 @@ def _relation_heads(x: Tensor, heads: int, relation_heads: int) -> Tensor:
 
 def _kernel(backend: str) -> dispatch.Kernel:
     def load() -> Callable[..., Any]:
-        names = [f"attention_kl_{name}" for name in ("forward", "backward", "fused")]
-        library.load(backend, "attention_kl", names)
-        return functools.partial(_serve, backend)
+        names = ["forward", "backward", *(["fused"] if backend in _FUSED else [])]
+        library.load(backend, "attention_kl", [f"attention_kl_{name}" for name in names])
+        return functools.partial(_serve, backend, _fuses(backend))
 
     return dispatch.Kernel(load, functools.partial(_refuses, backend))
+
+
+def _fuses(backend: str) -> Callable[..., bool]:
+    """Says whether the gradient of a scalar loss is made in the forward sweep."""
+    if backend == "triton":
+        fuses: Callable[..., bool] = importlib.import_module("kdfast.kernels.attention_kl").fuses
+        return fuses
+    return lambda *_: backend == "cpp"
 
 
 def _refuses(backend: str, **arguments: Any) -> str | None:

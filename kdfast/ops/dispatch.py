@@ -43,8 +43,8 @@ class Kernel:
     """How one backend serves one operator."""
 
     # Imports at first use and returns the implementation, which takes the operator's arguments by
-    # name, less `backend`. Raises ImportError, whose text names what to install, or OSError (a
-    # library that does not load).
+    # name, less `backend`. What it raises is why this backend cannot serve: ImportError where
+    # something is to be installed, which its text names.
     load: Callable[[], Callable[..., Any]]
     # Takes the same arguments and returns the reason it cannot serve them, or None.
     refuses: Callable[..., str | None] = _any_arguments
@@ -55,8 +55,10 @@ class Kernel:
         if self._outcome is None:
             try:
                 self._outcome = self.load(), None
-            except (ImportError, OSError) as error:
-                self._outcome = None, str(error) or type(error).__name__
+            except Exception as error:  # a broken backend must not keep auto from the others
+                said = str(error) or type(error).__name__
+                expected = isinstance(error, (ImportError, OSError))
+                self._outcome = None, said if expected else f"{type(error).__name__}: {said}"
         return self._outcome
 
 

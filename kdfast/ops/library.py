@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ DEVICE = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
 LIBRARY = torch.library.Library("kdfast", "FRAGMENT")
 
 
-def define(name: str, schema: str, fake: Callable[..., Any]) -> dict[str, Any]:
-    """Define `name`_`backend` for every backend; the callables, by backend."""
+def define(
+    name: str, schema: str, fake: Callable[..., Any], backends: Iterable[str] = KERNEL_BACKENDS
+) -> dict[str, Any]:
+    """Define `name`_`backend` for each backend; the callables, by backend."""
     overloads = {}
-    for backend in KERNEL_BACKENDS:
+    for backend in backends:
         operator = f"{name}_{backend}"
         # Kernels read the strides they are given: a compiler must not choose others.
         LIBRARY.define(operator + schema, tags=(torch.Tag.needs_exact_strides,))
@@ -91,6 +94,12 @@ def _load_triton(operator: str, names: Iterable[str]) -> None:
         raise ImportError(
             "PyTorch sees no GPU here (torch.cuda.is_available() is False; TRITON_INTERPRET=1 runs "
             "the kernels on the CPU, slowly)"
+        )
+    if not interpreting() and not any(
+        map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))
+    ):
+        raise ImportError(
+            "Triton needs a C compiler for its launches: gcc, clang, or the one in CC"
         )
     module = importlib.import_module(f"kdfast.kernels.{operator}")
     key = "CPU" if interpreting() else "CUDA"

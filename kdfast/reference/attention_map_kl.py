@@ -78,8 +78,8 @@ def _divergence_of_probabilities(p_s: Tensor, p_t: Tensor, direction: str) -> Te
     # A zero entry is on the boundary of the simplex, where d(p log p) is -inf; it stays at zero
     # under any softmax, so it gets no gradient (the mean must not give it one either).
     p_s, p_t = (torch.where(p == 0, torch.zeros_like(p), p) for p in (p_s, p_t))
-    middle = (p_s + p_t) / 2
-    return (_weighted_log_ratio(p_t, middle) + _weighted_log_ratio(p_s, middle)).sum(-1) / 2
+    both = p_s + p_t  # twice the middle, half of which may round to 0
+    return (_weighted_log_ratio(2 * p_t, both) + _weighted_log_ratio(2 * p_s, both)).sum(-1) / 4
 
 
 def _weighted_log_ratio(p: Tensor, q: Tensor) -> Tensor:

@@ -91,6 +91,8 @@ def attention_kl(architecture, dtypes, widths, directions, exhaustive):
 
     def fused(dtype, width, direction, keys, mask, **sizes):
         sides = inputs(dtype, width, keys, **sizes)
+        if not module.fuses(*sides[:3], direction, False, False):
+            return
         batch = sides[0][0].shape[0]
         attention_mask = torch.ones(batch, keys, dtype=torch.bool) if mask else None
         module.fused(

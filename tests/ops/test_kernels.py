@@ -230,7 +230,7 @@ def within_twice_eager(exact, ours, theirs, dtype):
     names = ("loss", "query_s", "key_s", "query_t", "key_t")[: len(exact)]
     for name, truth, mine, its in zip(names, exact, ours, theirs, strict=True):
         assert mine.isfinite().all(), name
-        floor = torch.finfo(dtype).eps * truth.abs().max() + 1e-6
+        floor = 4 * torch.finfo(dtype).eps * truth.abs().max() + 1e-9
         error, bound = (mine - truth).abs().max(), 2 * (its - truth).abs().max() + floor
         assert error <= bound, f"{name}: {error:.3g} above {bound:.3g}"
 
@@ -416,12 +416,16 @@ def test_nan_in_an_input_gives_nan(kernel, direction, which, reduction, unless):
     unless(direction == "forward" or (which, reduction) == (1, "mean"))
     inputs, _ = moved(four(), {}, kernel[1], precision(kernel))
     inputs[which][0, 0, 2, 1] = math.nan
-    inputs[0].requires_grad_()
+    for x in inputs[:2]:
+        x.requires_grad_()
     loss = attention_kl(*inputs, direction=direction, reduction=reduction, backend=kernel[0])
     with torch.no_grad():
         evaluated = attention_kl(*inputs, direction=direction, backend=kernel[0])
     assert loss.isnan().any()
     assert evaluated.isnan()
+    query, key = torch.autograd.grad(loss.sum(), inputs[:2])
+    assert query[0, 0, 2].isnan().all() and key[0, 0].isnan().all()
+    assert query[1].isfinite().all() and key[1].isfinite().all()
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -566,6 +570,29 @@ def test_compiled_without_graph_breaks_and_with_dynamic_shapes_equals_eager(kern
             same(mine, its, precision(kernel))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_by_inductor_equals_eager(kernel, reduction):
+    if kernel == ("triton", "cpu"):
+        pytest.skip("the interpreter runs Python, which a compiled graph cannot call")
+
+    def loss(*inputs):
+        return attention_kl(*inputs, reduction=reduction, backend=kernel[0]) * 2
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for n in (17, 29):
+        inputs, _ = moved(four(n=n), {}, kernel[1], precision(kernel))
+        for x in inputs[:2]:
+            x.requires_grad_()
+        results = []
+        for function in (compiled, loss):
+            value = function(*inputs)
+            results.append([value, *torch.autograd.grad(3 * value.sum(), inputs[:2])])
+        for mine, its in zip(*results, strict=True):
+            same(mine, its, precision(kernel))
+
+
 def test_autocast_changes_nothing(kernel):
     inputs, _ = moved(four(), {}, kernel[1], precision(kernel))
     plain = rows_and_gradients(by(kernel[0]), inputs, torch.tensor(3.0))
@@ -674,7 +701,7 @@ def test_operators_of_attention_kl_pass_opcheck(kernel, direction):
               False, None, False, direction)  # fmt: skip
     registered = {
         name: getattr(torch.ops.kdfast, f"attention_kl_{name}_{kernel[0]}").default
-        for name in ("forward", "backward", "fused")
+        for name in ("forward", "backward", *(["fused"] if kernel[0] != "cuda" else []))
     }
     statistics = registered["forward"](*inputs)
     calls = {
@@ -682,8 +709,8 @@ def test_operators_of_attention_kl_pass_opcheck(kernel, direction):
         "backward": (torch.ones_like(statistics[0]), *statistics, *inputs, True),
         "fused": (*inputs, "mean", True),
     }
-    for name, arguments in calls.items():
-        torch.library.opcheck(registered[name], arguments, test_utils=CHECKS)
+    for name, operator in registered.items():
+        torch.library.opcheck(operator, calls[name], test_utils=CHECKS)
 
 
 # attention_map_kl
@@ -759,7 +786,7 @@ def test_map_rows_and_their_gradient_err_at_most_twice_as_far_as_eager(
     )
     for name, truth, mine, its in zip(("loss", "gradient"), exact, ours, theirs, strict=True):
         assert mine.isfinite().all(), name
-        floor = torch.finfo(dtype).eps * truth.abs().max() + 1e-6
+        floor = 4 * torch.finfo(dtype).eps * truth.abs().max() + 1e-9
         assert (mine - truth).abs().max() <= 2 * (its - truth).abs().max() + floor, name
 
 
@@ -828,6 +855,16 @@ def test_zeros_infinities_and_nan_are_where_the_reference_has_them(kernel, input
         results.append([x.detach().cpu() for x in (rows, leaves[0].grad, leaves[1].grad)])
     for truth, mine in zip(*results, strict=True):
         torch.testing.assert_close(mine, truth, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def test_js_is_finite_where_half_of_a_probability_is_zero(kernel):
+    least = 1.4e-45
+    both = [torch.tensor([[1.0, least, 0.0]]), torch.tensor([[1.0, 0.0, least]])]
+    both = [x.to(kernel[1]).requires_grad_() for x in both]
+    rows = attention_map_kl(*both, inputs="probabilities", direction="js", reduction="none",
+                            teacher_grad=True, backend=kernel[0])  # fmt: skip
+    gradients = torch.autograd.grad(rows.sum(), both)
+    assert rows.abs().max() < 1e-6 and all(x.isfinite().all() for x in gradients)
 
 
 @pytest.mark.parametrize("inputs", ["probabilities", "scores"])
