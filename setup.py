@@ -11,6 +11,7 @@ a compiler, or when compilation fails, kdfast installs without them and says so 
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -152,7 +153,7 @@ def cpu_steps(folder: Path, target: Path) -> list[Step]:
     flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
              "-fno-trapping-math", "-Wall", "-Wno-psabi", STABLE_ABI, *includes]  # fmt: skip
     steps = []
-    x86 = os.uname().machine in ("x86_64", "AMD64")
+    x86 = platform.machine() in ("x86_64", "AMD64")
     for source in sorted((ROOT.resolve() / "csrc" / "cpu").glob("*.cpp")):
         # NAME.cpp holds an operator's entry points; NAME.isa.cpp its arithmetic, compiled once for
         # each instruction set.

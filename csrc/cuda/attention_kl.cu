@@ -39,47 +39,6 @@ __global__ void __launch_bounds__(warpgroups_backward(PANELS_S) * THREADS, 1)
 #endif
 }
 
-// Per pair of a launch: the sum of its rows, and how many take part, by parts.
-constexpr int PARTS = 32;
-
-__global__ void add_rows(const __grid_constant__ Problem problem, int64_t batches, double* parts) {
-  const Pair& pair = problem.pairs[blockIdx.y];
-  const int64_t of_batch = int64_t(pair.heads) * problem.band.queries;
-  const int64_t skip = int64_t(problem.heads - pair.heads) * problem.band.queries;
-  const int64_t first = int64_t(pair.first_head) * problem.band.queries;
-  double sum = 0, count = 0;
-  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < batches * of_batch;
-       i += PARTS * blockDim.x) {
-    const int64_t at = first + i + i / of_batch * skip;
-    if (problem.lse_s[at] == HUGE_VALF) continue;
-    sum += problem.rows[at];
-    count += 1;
-  }
-  __shared__ double of_threads[2][256];
-  of_threads[0][threadIdx.x] = sum;
-  of_threads[1][threadIdx.x] = count;
-  for (int width = blockDim.x / 2; width > 0; width /= 2) {
-    __syncthreads();
-    if (threadIdx.x >= width) continue;
-    for (auto& of : of_threads) of[threadIdx.x] += of[threadIdx.x + width];
-  }
-  if (threadIdx.x > 0) return;
-  for (int which = 0; which < 2; ++which)
-    parts[(blockIdx.y * PARTS + blockIdx.x) * 2 + which] = of_threads[which][0];
-}
-
-// The losses, and the upstream gradient of every row for one of 1 of the loss.
-__global__ void finish(const double* parts, bool mean, float* losses, float* weights) {
-  double sum = 0, count = 0;
-  for (int part = 0; part < PARTS; ++part) {
-    sum += parts[(threadIdx.x * PARTS + part) * 2];
-    count += parts[(threadIdx.x * PARTS + part) * 2 + 1];
-  }
-  const double divisor = mean && count > 0 ? count : 1;
-  losses[threadIdx.x] = sum / divisor;
-  weights[threadIdx.x] = 1 / divisor;
-}
-
 // The host
 
 constexpr const char* OP = "attention_kl (cuda): ";
@@ -197,7 +156,7 @@ Call describe(const Inputs& inputs, const std::optional<Tensor>& cu_seqlens, boo
   return call;
 }
 
-// launch(problem, first pair) for runs of pairs of equal widths, as many as a table and a grid hold.
+// launch(problem) for runs of pairs of equal widths, as many as a table and a grid hold.
 template <typename Launch>
 void in_runs(const Call& call, Launch launch) {
   for (size_t first = 0; first < call.pairs.size();) {
@@ -212,7 +171,7 @@ void in_runs(const Call& call, Launch launch) {
       ++end;
     }
     problem.count = int(end - first);
-    launch(problem, int(first));
+    launch(problem);
     first = end;
   }
 }
@@ -250,7 +209,7 @@ void with_types(const Call& call, const Problem& problem, Run run) {
 
 void run_forward(const Call& call) {
   if (call.empty()) return;
-  in_runs(call, [&](Problem& problem, int) {
+  in_runs(call, [&](Problem& problem) {
     if (problem.reverse) {  // KL(s || t) is KL(t || s) with the sides exchanged
       std::swap(problem.lse_s, problem.lse_t);
       for (Pair& pair : problem.pairs) {
@@ -272,7 +231,7 @@ void run_forward(const Call& call) {
 
 void run_backward(const Call& call) {
   if (call.empty()) return;
-  in_runs(call, [&](Problem& problem, int) {
+  in_runs(call, [&](Problem& problem) {
     with_types(call, problem, [&](auto type, auto panels_s) {
       auto side = [&](auto keys) {
         const int rows = keys ? problem.band.keys : problem.band.queries;
@@ -290,13 +249,12 @@ void run_backward(const Call& call) {
 }
 
 // The gradients of all queries and of all keys of the students, one after the other.
-std::tuple<Tensor, Tensor> make_gradients(Call& call, const Inputs& inputs, ScalarType dtype) {
+std::tuple<Tensor, Tensor> make_gradients(Call& call, const Inputs& inputs) {
   int64_t queries = 0, keys = 0;
   for (const Tensor& x : inputs.query_s) queries += x.numel();
   for (const Tensor& x : inputs.key_s) keys += x.numel();
-  Tensor grad_query = torch::stable::new_empty(inputs.query_s[0], {queries}, dtype);
-  Tensor grad_key = torch::stable::new_empty(inputs.query_s[0], {keys}, dtype);
-  call.problem.gradients_float = dtype == ScalarType::Float;
+  Tensor grad_query = torch::stable::new_empty(inputs.query_s[0], {queries});
+  Tensor grad_key = torch::stable::new_empty(inputs.query_s[0], {keys});
   char* at_query = static_cast<char*>(grad_query.data_ptr());
   char* at_key = static_cast<char*>(grad_key.data_ptr());
   for (size_t i = 0; i < call.pairs.size(); ++i) {
@@ -359,48 +317,20 @@ std::tuple<Tensor, Tensor> backward_cuda(
   call.problem.upstream = {grad_rows.stride(0), grad_rows.stride(1), grad_rows.stride(2)};
   for (Pair& pair : call.pairs)
     pair.upstream = floats(grad_rows) + pair.first_head * grad_rows.stride(1);
-  auto gradients = make_gradients(call, inputs, query_s[0].scalar_type());
+  auto gradients = make_gradients(call, inputs);
   run_backward(call);
   return gradients;
-}
-
-std::tuple<Tensor, Tensor, Tensor> fused_cuda(
-    Tensors query_s, Tensors key_s, Tensors query_t, Tensors key_t, Mask attention_mask,
-    Mask query_mask, Mask cu_seqlens, Scales scale_s, Scales scale_t, bool causal, Window window,
-    bool mean_heads, std::string direction, std::string reduction, bool tokens_first) {
-  const torch::stable::accelerator::DeviceGuard guard(query_s[0].get_device_index());
-  const Inputs inputs{query_s, key_s, query_t, key_t, attention_mask, query_mask, scale_s, scale_t};
-  Call call = describe(inputs, cu_seqlens, causal, window, mean_heads, direction);
-  KDFAST_CHECK(reduction == "mean" || reduction == "sum", "reduction is '", reduction,
-               "', should be 'mean' or 'sum'");
-  const auto statistics = make_statistics(call, query_s[0]);
-  run_forward(call);
-
-  const int64_t pairs = call.pairs.size();
-  Tensor losses = torch::stable::new_empty(query_s[0], {pairs}, ScalarType::Float);
-  Tensor weights = torch::stable::new_empty(query_s[0], {pairs}, ScalarType::Float);
-  Tensor parts = torch::stable::new_empty(query_s[0], {pairs * PARTS * 2}, ScalarType::Double);
-  in_runs(call, [&](Problem& problem, int first) {
-    double* of_run = static_cast<double*>(parts.data_ptr()) + first * PARTS * 2;
-    add_rows<<<dim3(PARTS, problem.count), 256, 0, call.stream>>>(problem, call.batches, of_run);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    finish<<<1, problem.count, 0, call.stream>>>(of_run, reduction == "mean",
-                                                 floats(losses) + first, floats(weights) + first);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-
-  call.problem.tokens_first = tokens_first;
-  for (int64_t i = 0; i < pairs; ++i) call.pairs[i].upstream = floats(weights) + i;
-  auto [grad_query, grad_key] = make_gradients(call, inputs, ScalarType::Float);
-  run_backward(call);
-  return {losses, grad_query, grad_key};
 }
 
 }  // namespace
 }  // namespace kdfast::attention
 
+// For Python: whether the kernels were compiled.
+extern "C" __attribute__((visibility("default"))) int kdfast_cuda_has_sm_90a() {
+  return kdfast::attention::COMPILED;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
   m.impl("attention_kl_forward_cuda", TORCH_BOX(&kdfast::attention::forward_cuda));
   m.impl("attention_kl_backward_cuda", TORCH_BOX(&kdfast::attention::backward_cuda));
-  m.impl("attention_kl_fused_cuda", TORCH_BOX(&kdfast::attention::fused_cuda));
 }

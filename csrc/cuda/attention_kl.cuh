@@ -13,8 +13,6 @@
 
 #include "exponential.cuh"
 
-#include <bit>
-
 namespace kdfast::attention {
 
 // Tiles. A warpgroup (128 threads) holds 64 rows of scores, and meets 64 columns at a time.
@@ -88,18 +86,22 @@ struct Band {
 // The same by arithmetic, to 2e-7; at least 2^-126. The special function unit gives 16 results a
 // cycle, so that some are better made elsewhere.
 KDFAST_INLINE float exp2_polynomial(float x) {
-  constexpr float ROUND = 12582912.f;  // 1.5 2^23: what is added to it is rounded to an integer
-  const float whole = fmaxf(x, -126.f) + ROUND;
-  const float f = fmaxf(x, -126.f) - (whole - ROUND);
+  // What is added to 1.5 2^23 is rounded to an integer; its last bits, with 127 more, are those of
+  // the exponent of a float.
+  constexpr float ROUND = 12582912.f + 127.f;
+  x = max_or_nan(x, -126.f);
+  const float whole = x + ROUND;
+  const float f = x - (whole - ROUND);
   float p = fmaf(0.001326472731307149f, f, 0.009671512991189957f);
   p = fmaf(p, f, 0.05550733581185341f);
   p = fmaf(p, f, 0.24022242426872253f);
   p = fmaf(p, f, 0.6931470036506653f);
   p = fmaf(p, f, 1.f);
+  // A product: to add to the exponent of p would make a number of NaN.
 #ifdef __CUDA_ARCH__
-  return __int_as_float(__float_as_int(p) + (__float_as_int(whole) << 23));
+  return p * __int_as_float(__float_as_int(whole) << 23);
 #else
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(whole) << 23));
+  return p * std::bit_cast<float>(std::bit_cast<uint32_t>(whole) << 23);
 #endif
 }
 
@@ -114,7 +116,7 @@ constexpr double LEAST_SCALE = 1e-6, LARGEST_SCALE = 1e6;
 struct Row {
   float m_s = LOWEST, m_t = LOWEST, l_s = 0.f, l_t = 0.f, a = 0.f;
 
-  // Moves the maxima to at least those given.
+  // Moves the maxima to at least those given. NaN is passed over, as it is the sums that keep it.
   KDFAST_INLINE void raise(float to_s, float to_t, float c_s, float c_t) {
     if (!(to_s > m_s) && !(to_t > m_t)) return;
     const float new_s = fmaxf(m_s, to_s), new_t = fmaxf(m_t, to_t);
@@ -190,7 +192,8 @@ KDFAST_INLINE float gradient(float z_s, float z_t, float c_s, float c_t, float l
   if (!reverse && polynomial) return exp2_polynomial(u_s) - exp2_polynomial(u_t);
   const float p_s = exp2_fast(u_s);
   if (!reverse) return p_s - exp2_fast(u_t);
-  return p_s == 0.f ? 0.f : p_s * (LN_2 * (u_s - u_t) - divergence);
+  // Where p_s = 0 the divergence still counts: it may be NaN.
+  return p_s * (LN_2 * (p_s == 0.f ? 0.f : u_s - u_t) - divergence);
 }
 
 }  // namespace kdfast::attention

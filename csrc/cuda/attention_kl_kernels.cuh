@@ -61,7 +61,7 @@ struct Problem {
   Pair pairs[PAIRS];
   int count;
   Band band;
-  bool banded, reverse, tokens_first, gradients_float;
+  bool banded, reverse, tokens_first;
   const uint8_t *key_mask, *query_mask;  // or null
   int64_t key_mask_batch, key_mask_row, query_mask_batch, query_mask_row;
   int heads;  // of all pairs, in the statistics
@@ -83,7 +83,8 @@ struct Memory {
     return tiles < stages ? tiles : stages;
   }
   // Bytes of everything, for the host.
-  static constexpr size_t bytes(int warpgroups, int stages, int panels_s, int panels_t, int moving) {
+  static constexpr size_t bytes(int warpgroups, int stages, int panels_s, int panels_t,
+                                int moving) {
     const size_t panels = panels_s + panels_t;
     stages = used(stages, moving);
     return 1024 + (warpgroups + stages) * panels * TILE_BYTES +
@@ -366,7 +367,7 @@ __device__ void backward_block(const Problem& problem, char* raw) {
   }
 
   // float16 has few exponents: it holds dS times a factor that uses its range, as |dS / g| <= 1 and
-  // in reverse <= 2 KL + 1.
+  // in reverse <= 2 KL + 1. The factor passes over NaN, since dS has it and other rows need theirs.
   constexpr bool NARROW = std::is_same_v<T, __half>;
   constexpr float RANGE = 4096.f;
   float unit = 1.f;  // of all rows together, for dK
@@ -430,6 +431,7 @@ __device__ void backward_block(const Problem& problem, char* raw) {
   for (int panel = 0; panel < PANELS_S; ++panel) {
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) out[panel][i] = 0.f;
+    hold(out[panel]);  // zeros set later, among the products, would make these wait for each other
   }
 
 #pragma unroll 1
@@ -599,21 +601,6 @@ __device__ void backward_block(const Problem& problem, char* raw) {
   const int64_t at = int64_t(batch) * heads * count * width +
                      int64_t(head) * (problem.tokens_first ? 1 : count) * width;
   void* gradients = KEYS ? pair.grad_key : pair.grad_query;
-  if (problem.gradients_float) {
-    float* target = static_cast<float*>(gradients) + at;
-#pragma unroll
-    for (int panel = 0; panel < PANELS_S; ++panel) {
-#pragma unroll
-      for (int i = 0; i < PER_THREAD; i += 2) {
-        const int row = row0 + accumulator_row(thread, i);
-        const int column = panel * PANEL + accumulator_column(thread, i);
-        if (row >= count || column >= width) continue;
-        *reinterpret_cast<float2*>(target + row * row_stride + column) =
-            make_float2(out[panel][i], out[panel][i + 1]);
-      }
-    }
-    return;
-  }
   // Through shared memory, for whole lines; each warp has its own 16 rows.
   T* target = static_cast<T*>(gradients) + at;
 #pragma unroll

@@ -38,17 +38,6 @@ KDFAST_INLINE float log_of(float x) {
 #endif
 }
 
-// Unlike fmaxf, NaN where either is.
-KDFAST_INLINE float max_or_nan(float a, float b) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-#else
-  return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b);
-#endif
-}
-
 // p value, with 0 (anything) = 0.
 KDFAST_INLINE float expectation(float p, float value) { return p == 0.f ? 0.f : p * value; }
 
@@ -59,7 +48,7 @@ KDFAST_INLINE float even_part(float x) {
   return log_of<false>(0.5f + 0.5f * exp2_fast(-fabsf(x) * LOG2_E));
 }
 
-// log p - log((p + q) / 2) for x = log q - log p.
+// log p - log((p + q) / 2) for x = log q - log p. NaN of x is in `even`.
 KDFAST_INLINE float log_ratio_to_middle(float x, float even) { return -(fmaxf(x, 0.f) + even); }
 
 // Sums over a row of probabilities.
@@ -68,14 +57,15 @@ struct Terms {
   float inner = 0.f;       // for js KL(s || m)
 };
 
+// Logarithms of everything doubled: the middle would be 0 where the sum is the smallest float.
 template <bool EXACT>
 KDFAST_INLINE void add_probabilities(Terms& terms, float p_s, float p_t, bool js) {
-  float log_s = log_of<EXACT>(p_s), log_t = log_of<EXACT>(p_t);
+  float log_s = log_of<EXACT>(2.f * p_s), log_t = log_of<EXACT>(2.f * p_t);
   if (!js) {
     terms.divergence += expectation(p_t, log_t - log_s);
     return;
   }
-  float log_m = log_of<EXACT>(0.5f * (p_s + p_t));
+  float log_m = log_of<EXACT>(p_s + p_t);
   terms.divergence += expectation(p_t, log_t - log_m);
   terms.inner += expectation(p_s, log_s - log_m);
 }
@@ -85,9 +75,9 @@ template <bool EXACT>
 KDFAST_INLINE float gradient_of_probability(float p_s, float p_t, Direction direction) {
   if (direction == FORWARD) return p_t == 0.f ? 0.f : -p_t / p_s;
   if (p_s == 0.f) return 0.f;
-  float log_s = log_of<EXACT>(p_s);
-  if (direction == REVERSE) return log_s - log_of<EXACT>(p_t) + 1.f;
-  return 0.5f * (log_s - log_of<EXACT>(0.5f * (p_s + p_t)));
+  float log_s = log_of<EXACT>(2.f * p_s);
+  if (direction == REVERSE) return log_s - log_of<EXACT>(2.f * p_t) + 1.f;
+  return 0.5f * (log_s - log_of<EXACT>(p_s + p_t));
 }
 
 // The exponent u of a score: exactly 0 for the largest.
@@ -110,9 +100,10 @@ KDFAST_INLINE float gradient_of_score(float u_s, float u_t, float p_s, float p_t
                                       float log2_ratio_l, float divergence, Direction direction) {
   if (direction == FORWARD) return p_s - p_t;
   float x = (u_s - u_t - log2_ratio_l) * LN_2;
-  if (direction == REVERSE) return expectation(p_s, x - divergence);
-  float log_ratio = log_ratio_to_middle(-x, even_part<EXACT>(x));
-  return expectation(p_s, 0.5f * (log_ratio - divergence));
+  float log_ratio = direction == REVERSE ? x : log_ratio_to_middle(-x, even_part<EXACT>(x));
+  // Where p_s = 0 the divergence still counts: it may be NaN.
+  float value = p_s * ((p_s == 0.f ? 0.f : log_ratio) - divergence);
+  return direction == REVERSE ? value : 0.5f * value;
 }
 
 }  // namespace kdfast::map

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -24,6 +25,17 @@ KDFAST_INLINE float exp2_fast(float x) {
   return y;
 #else
   return std::exp2(x);
+#endif
+}
+
+// Unlike fmaxf, NaN where either is; the host makes the GPU's, whose bits are all ones.
+KDFAST_INLINE float max_or_nan(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return std::isnan(a) || std::isnan(b) ? std::bit_cast<float>(0x7fffffff) : std::fmax(a, b);
 #endif
 }
 

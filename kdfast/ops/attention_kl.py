@@ -637,6 +637,11 @@ def _kernel(backend: str) -> dispatch.Kernel:
     def load() -> Callable[..., Any]:
         names = ["forward", "backward", *(["fused"] if backend in _FUSED else [])]
         library.load(backend, "attention_kl", [f"attention_kl_{name}" for name in names])
+        if backend == "cuda" and not library.has_sm_90a():
+            raise ImportError(
+                "kdfast/_cuda was built without code for Hopper; with 9.0a in TORCH_CUDA_ARCH_LIST "
+                "install again: pip install --no-build-isolation kdfast"
+            )
         return functools.partial(_serve, backend, _fuses(backend))
 
     return dispatch.Kernel(load, functools.partial(_refuses, backend))

@@ -7,6 +7,7 @@ their own implementations when they are loaded; those of Triton are Python funct
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -65,6 +66,12 @@ def load(backend: str, operator: str, names: Iterable[str]) -> None:
     for name in names:
         if not _implemented(f"{name}_{backend}", DEVICE[backend].upper()):
             raise ImportError(f"{file.name} has no {name}: it was built from other sources")
+
+
+def has_sm_90a() -> bool:
+    """Whether the CUDA library holds the code for compute capability 9.0 (Hopper)."""
+    file = compiled_library("cuda")
+    return file is not None and bool(ctypes.CDLL(str(file)).kdfast_cuda_has_sm_90a())
 
 
 def refuses(backend: str, x: torch.Tensor) -> str | None:

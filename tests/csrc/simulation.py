@@ -92,6 +92,7 @@ def serve(monkeypatch) -> None:
     for operator in OPERATORS:
         monkeypatch.setattr(dispatch.KERNELS[operator, "cuda"], "_outcome", None)
     monkeypatch.setattr(library, "load", lambda *_: None)
+    monkeypatch.setattr(library, "has_sm_90a", lambda: True)
     monkeypatch.setattr(
         library, "refuses", lambda _, x: "float64" if x.dtype == torch.float64 else None
     )
