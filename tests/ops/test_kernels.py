@@ -226,11 +226,16 @@ def moved(inputs, options, device, dtype):
     return [x.to(device, dtype) for x in inputs], options
 
 
+def least(dtype):
+    """An error that counts as none, beside maps whose gradients are about 1e-5."""
+    return 1e-6 if dtype in (torch.bfloat16, torch.float16) else 1e-9
+
+
 def within_twice_eager(exact, ours, theirs, dtype):
     names = ("loss", "query_s", "key_s", "query_t", "key_t")[: len(exact)]
     for name, truth, mine, its in zip(names, exact, ours, theirs, strict=True):
         assert mine.isfinite().all(), name
-        floor = 4 * torch.finfo(dtype).eps * truth.abs().max() + 1e-9
+        floor = 4 * torch.finfo(dtype).eps * truth.abs().max() + least(dtype)
         error, bound = (mine - truth).abs().max(), 2 * (its - truth).abs().max() + floor
         assert error <= bound, f"{name}: {error:.3g} above {bound:.3g}"
 
@@ -786,7 +791,7 @@ def test_map_rows_and_their_gradient_err_at_most_twice_as_far_as_eager(
     )
     for name, truth, mine, its in zip(("loss", "gradient"), exact, ours, theirs, strict=True):
         assert mine.isfinite().all(), name
-        floor = 4 * torch.finfo(dtype).eps * truth.abs().max() + 1e-9
+        floor = 4 * torch.finfo(dtype).eps * truth.abs().max() + least(dtype)
         assert (mine - truth).abs().max() <= 2 * (its - truth).abs().max() + floor, name
 
 
