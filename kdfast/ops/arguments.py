@@ -87,7 +87,8 @@ def floating(operator: str, named: Iterable[tuple[str, Any]]) -> list[Tensor]:
     if all(x.dtype == first.dtype for x in tensors):
         return tensors
     kind = first.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    if known and torch.is_autocast_enabled(kind):
         widest = first.dtype
         for x in tensors:
             widest = torch.promote_types(widest, x.dtype)

@@ -60,6 +60,7 @@ def attention_kl(
     # Where all rows see the same keys, a hidden score belongs to a key or a row that is zeroed, and
     # adding -inf hides it; a key hidden from some rows only may hold NaN, which must be replaced.
     alike = not causal and window is None and not packed
+    counted = seen = elsewhere = takes_part  # torch.compile reads also the cells that nothing uses
     if visible is not None:
         counted = visible & takes_part[..., None]
         seen = counted.any(-2)[..., None]

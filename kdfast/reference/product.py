@@ -38,5 +38,7 @@ class _Product(torch.autograd.Function):
 def without_autocast(device: torch.device) -> Any:
     """Context in which products keep the dtype of their operands."""
     # torch.autocast refuses devices that have none, where there is nothing to switch off.
-    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    # The question is not put to torch.compile: that of PyTorch 2.11 cannot trace it.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+    kind = device.type if known else "cpu"
     return torch.autocast(kind, enabled=False)

@@ -648,6 +648,12 @@ def test_mask_whose_values_are_not_looked_at_is_never_inverted(dtype):
     )
 
 
+def test_compiled_without_any_mask_equals_eager():
+    inputs = four()
+    compiled = torch.compile(attention_kl, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), attention_kl(*inputs))
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
 def test_mask_on_the_meta_device_may_be_bool_integer_or_float(dtype):
     inputs = [x.to("meta") for x in four()]
