@@ -324,8 +324,8 @@ def _check_scale(op: str, name: str, scale: Any, pairs: int | None) -> float | l
 #             grad_rows [B, sum H, Nq], of any strides -> the gradients of all student queries, and
 #                of all student keys, one after the other in one flat tensor of the inputs' dtype,
 #                each [B, H, N, d], or [B, N, H, d] with tokens_first.
-#   fused     for "mean" and "sum": losses [P] and both gradients, for an upstream gradient of 1,
-#                laid out as those of backward, in float32 (float64).
+#   fused     (cpp and triton) for "mean" and "sum": losses [P] and both gradients, for an upstream
+#                gradient of 1, laid out as those of backward, in float32 (float64).
 
 _INPUTS = (
     "Tensor[] query_s, Tensor[] key_s, Tensor[] query_t, Tensor[] key_t, Tensor? attention_mask, "
