@@ -2,17 +2,29 @@
 
 from kdfast.ops.attention_kl import attention_kl
 from kdfast.ops.attention_map_kl import attention_map_kl
-from kdfast.ops.cka import cka, cka_matrix, hsic
+from kdfast.ops.cka import (
+    CKATeacher,
+    MinibatchCKA,
+    cka,
+    cka_matrix,
+    gram_distance,
+    hsic,
+    hsic_matrix,
+)
 from kdfast.ops.dispatch import explain
 from kdfast.ops.layer_projection import layer_projection, layer_projection_loss
 
 __all__ = [
+    "CKATeacher",
+    "MinibatchCKA",
     "attention_kl",
     "attention_map_kl",
     "cka",
     "cka_matrix",
     "explain",
+    "gram_distance",
     "hsic",
+    "hsic_matrix",
     "layer_projection",
     "layer_projection_loss",
 ]

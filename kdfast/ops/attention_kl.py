@@ -598,7 +598,7 @@ def _serve(
 
     masks = [attention_mask, query_mask, cu_seqlens]
     if torch.compiler.is_compiling():  # refuses one tensor in two places
-        masks, tensors = _distinct(masks), _distinct(tensors)
+        masks, tensors = dispatch.distinct(masks), dispatch.distinct(tensors)
     mean_heads = match_heads == "mean"
     fused = (
         reduction != "none"
@@ -617,13 +617,6 @@ def _serve(
     rows = [result] if len(sides[0]) == 1 else result.split([x.shape[1] for x in sides[0]], 1)
     rows = [x.squeeze(0) if packed else x for x in rows]
     return rows if paired else rows[0]
-
-
-def _distinct(tensors: list[Any]) -> list[Any]:
-    return [
-        x if x is None or not any(x is y for y in tensors[:i]) else x.view_as(x)
-        for i, x in enumerate(tensors)
-    ]
 
 
 def _relation_heads(x: Tensor, heads: int, relation_heads: int) -> Tensor:

@@ -184,6 +184,14 @@ def restored(ctx: Any) -> tuple[Any, ...]:
     return tuple(ctx.inference.get(i, x) for i, x in enumerate(saved)) if ctx.inference else saved
 
 
+def distinct(tensors: Sequence[Any]) -> list[Any]:
+    """The same tensors (or None), those that come again as views."""
+    return [
+        x if x is None or not any(x is y for y in tensors[:i]) else x.view_as(x)
+        for i, x in enumerate(tensors)
+    ]
+
+
 def first_derivatives(
     operator: str, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
@@ -233,6 +241,8 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("hsic", "reference"): _reference("hsic"),
     ("cka", "reference"): _reference("cka"),
     ("cka_matrix", "reference"): _reference("cka_matrix"),
+    ("gram_distance", "reference"): _reference("gram_distance"),
+    ("hsic_matrix", "reference"): _reference("hsic_matrix"),
     ("layer_projection", "reference"): _reference("layer_projection"),
     ("layer_projection_loss", "reference"): _reference("layer_projection_loss"),
 }

@@ -7,7 +7,7 @@ already checked by `kdfast.ops`.
 
 from kdfast.reference.attention_kl import attention_kl
 from kdfast.reference.attention_map_kl import attention_map_kl
-from kdfast.reference.cka import cka, cka_matrix, hsic
+from kdfast.reference.cka import cka, cka_matrix, gram_distance, hsic, hsic_matrix
 from kdfast.reference.layer_projection import layer_projection, layer_projection_loss
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "attention_map_kl",
     "cka",
     "cka_matrix",
+    "gram_distance",
     "hsic",
+    "hsic_matrix",
     "layer_projection",
     "layer_projection_loss",
 ]

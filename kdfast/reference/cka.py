@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ from torch import Tensor
 from kdfast.reference.product import product
 
 MINIMUM_ROWS = {"biased": 2, "unbiased": 4}
+
+Layers = Tensor | Sequence[Tensor]
 
 
 def hsic(
@@ -50,7 +53,7 @@ def hsic(
     bandwidth_x, bandwidth_y = _two_bandwidths(bandwidth)
     centred_x, centred_y = _centre_features(x, rows), _centre_features(y, rows)
     if kernel == "linear":
-        side = side or cheaper_side(x.shape[-2], [x.shape[-1]], [y.shape[-1]], self_terms=False)
+        side = side or cheaper_side(x.shape[-2], [x.shape[-1], y.shape[-1]], [0, 1])
     if kernel == "linear" and side == "feature":
         inner = _feature_inner(centred_x, centred_y, rows, estimator)
     else:
@@ -65,28 +68,54 @@ def hsic(
 
 
 def cka(
-    x_s: Tensor,
-    x_t: Tensor,
+    x_s: Layers,
+    x_t: Layers,
     *,
     mask: Tensor | None = None,
     kernel: str = "linear",
     bandwidth: float | tuple[float, float] | None = None,
     estimator: str = "biased",
     teacher_grad: bool = False,
+    terms_t: dict[str, Any] | None = None,
     side: str | None = None,
 ) -> Tensor:
-    """Reference of `kdfast.ops.cka`: the matrix of one layer pair."""
-    matrix = cka_matrix(
-        [x_s],
-        [x_t],
-        mask=mask,
-        kernel=kernel,
-        bandwidth=bandwidth,
-        estimator=estimator,
-        teacher_grad=teacher_grad,
-        side=side,
-    )
-    return matrix[..., 0, 0]
+    """Reference of `kdfast.ops.cka`."""
+    values, _ = _by_pairs(
+        x_s, x_t, mask=mask, kernel=kernel, bandwidth=bandwidth, estimator=estimator,
+        teacher_grad=teacher_grad, terms_t=terms_t, side=side,
+    )  # fmt: skip
+    return values
+
+
+def gram_distance(
+    x_s: Layers,
+    x_t: Layers,
+    *,
+    mask: Tensor | None = None,
+    kernel: str = "linear",
+    bandwidth: float | tuple[float, float] | None = None,
+    teacher_grad: bool = False,
+    side: str | None = None,
+) -> Tensor:
+    """Reference of `kdfast.ops.gram_distance`: |K / |K| - L / |L||^2 = 2 - 2 <K, L> / (|K| |L|)."""
+    values, undefined = _by_pairs(
+        x_s, x_t, mask=mask, kernel=kernel, bandwidth=bandwidth, estimator="biased",
+        teacher_grad=teacher_grad, terms_t=None, side=side,
+    )  # fmt: skip
+    return (2 - 2 * values).masked_fill(undefined, 0.0)
+
+
+def _by_pairs(x_s: Layers, x_t: Layers, **options: Any) -> tuple[Tensor, Tensor]:
+    """CKA of each pair, and where it is not defined."""
+    layers_s, layers_t = ([x] if isinstance(x, Tensor) else list(x) for x in (x_s, x_t))
+    cross = [(i, len(layers_s) + i) for i in range(len(layers_s))]
+    found = _terms(layers_s, layers_t, cross, **options)
+    sides = list(zip(found.own_s, found.own_t, strict=True))
+    values = [_ratio(inner, *own) for inner, own in zip(found.cross, sides, strict=True)]
+    undefined = [own_s * own_t <= 0 for own_s, own_t in sides]
+    if isinstance(x_s, Tensor):
+        return values[0], undefined[0]
+    return torch.stack(values), torch.stack(undefined)
 
 
 def cka_matrix(
@@ -98,68 +127,148 @@ def cka_matrix(
     bandwidth: float | tuple[float, float] | None = None,
     estimator: str = "biased",
     teacher_grad: bool = False,
+    terms_t: dict[str, Any] | None = None,
     side: str | None = None,
 ) -> Tensor:
     """Reference of `kdfast.ops.cka_matrix`: every layer's own terms are computed once."""
+    many_s, many_t = len(layers_s), len(layers_t)
+    cross = [(i, many_s + j) for i in range(many_s) for j in range(many_t)]
+    found = _terms(
+        layers_s, layers_t, cross, mask=mask, kernel=kernel, bandwidth=bandwidth,
+        estimator=estimator, teacher_grad=teacher_grad, terms_t=terms_t, side=side,
+    )  # fmt: skip
+    values = [
+        _ratio(inner, found.own_s[i], found.own_t[j - many_s])
+        for inner, (i, j) in zip(found.cross, cross, strict=True)
+    ]
+    return torch.stack(values, dim=-1).unflatten(-1, (many_s, many_t))
+
+
+def hsic_matrix(
+    layers_s: Sequence[Tensor],
+    layers_t: Sequence[Tensor],
+    *,
+    mask: Tensor | None = None,
+    kernel: str = "linear",
+    bandwidth: float | tuple[float, float] | None = None,
+    estimator: str = "biased",
+    teacher_grad: bool = False,
+    side: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference of `kdfast.ops.hsic_matrix`: `hsic` of every pair."""
+    if not teacher_grad:
+        layers_t = [y.detach() for y in layers_t]
+    sigma_s, sigma_t = _two_bandwidths(bandwidth)
+
+    def terms(xs: Sequence[Tensor], ys: Sequence[Tensor], sigma: Any) -> list[list[Tensor]]:
+        return [
+            [
+                hsic(
+                    x, y, mask=mask, kernel=kernel, bandwidth=sigma, estimator=estimator, side=side
+                )
+                for y in ys
+            ]
+            for x in xs
+        ]
+
+    cross = terms(layers_s, layers_t, None if sigma_s is None else (sigma_s, sigma_t))
+    own_s = [terms([x], [x], sigma_s)[0][0] for x in layers_s]
+    own_t = [terms([y], [y], sigma_t)[0][0] for y in layers_t]
+    matrix = torch.stack([torch.stack(row, dim=-1) for row in cross], dim=-2)
+    return matrix, torch.stack(own_s, dim=-1), torch.stack(own_t, dim=-1)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    cross: list[Tensor]  # of the pairs asked for
+    own_s: list[Tensor]  # of each layer with itself, 0 where that vanishes
+    own_t: list[Tensor]
+
+
+def _terms(
+    layers_s: Sequence[Tensor],
+    layers_t: Sequence[Tensor],
+    pairs: list[tuple[int, int]],
+    *,
+    mask: Tensor | None,
+    kernel: str,
+    bandwidth: float | tuple[float, float] | None,
+    estimator: str,
+    teacher_grad: bool,
+    terms_t: dict[str, Any] | None,
+    side: str | None,
+) -> _Terms:
+    """Inner products of the centred Gram matrices of all layers, each at a unit of its own."""
     if not teacher_grad:
         layers_t = [y.detach() for y in layers_t]
     rows = _valid_rows(layers_s[0], mask)
     if kernel == "linear":
-        side = side or cheaper_side(
-            layers_s[0].shape[-2], [x.shape[-1] for x in layers_s], [y.shape[-1] for y in layers_t]
-        )
-    features = [[_centre_features(x, rows) for x in layers] for layers in (layers_s, layers_t)]
-    if kernel == "linear":
-        # CKA does not depend on the scale of the features, nor on that of the Gram matrices; at
-        # unit scale neither large nor tiny ones can leave float32 in the powers below. The scale
-        # may be held constant in backward for the same reason.
-        features = [[_unit_scale(x) for x in layers] for layers in features]
+        own = [i for k in range(len(layers_s) + len(layers_t)) for i in (k, k)]
+        widths = [x.shape[-1] for x in (*layers_s, *layers_t)]
+        flat = [i for pair in pairs for i in pair]
+        side = side or cheaper_side(layers_s[0].shape[-2], widths, flat + own)
+    feature_side = kernel == "linear" and side == "feature"
+    sigma_s, sigma_t = _two_bandwidths(bandwidth)
 
-    if kernel == "linear" and side == "feature":
-        terms_s, terms_t = features
-        size_s, size_t = ([_feature_inner(x, x, rows, "biased") for x in f] for f in features)
-        own_s, own_t = size_s, size_t
-        if estimator == "unbiased":
-            own_s, own_t = (
-                [_unbiased(size, x, x, rows) for size, x in zip(sizes, f, strict=True)]
-                for sizes, f in zip((size_s, size_t), features, strict=True)
-            )
-        cross = [[_feature_inner(x, y, rows, estimator) for y in terms_t] for x in terms_s]
+    def one(layers: Sequence[Tensor], sigma: float | None) -> tuple[list[Tensor], list[Tensor]]:
+        """What inner products are taken of, and those of each layer with itself."""
+        features = [_centre_features(x, rows) for x in layers]
+        if kernel == "linear":
+            # CKA does not depend on the scale of the features, nor on that of the Gram matrices;
+            # at unit scale neither large nor tiny ones can leave float32 in the powers below. The
+            # scale may be held constant in backward for the same reason.
+            features = [_unit_scale(x) for x in features]
+        if feature_side:
+            sizes = [_feature_inner(x, x, rows, "biased") for x in features]
+            own = sizes
+            if estimator == "unbiased":
+                pairs = zip(sizes, features, strict=True)
+                own = [_unbiased(size, x, x, rows) for size, x in pairs]
+            terms = features
+        else:
+            grams = [_unit_scale(_gram(x, rows, kernel, sigma, estimator)) for x in features]
+            terms = [_centre_gram(gram, rows, estimator) for gram in grams]
+            own = [_inner(term, term) for term in terms]
+            sizes = [_inner(gram, gram) for gram in grams]
+        enough = rows.count >= MINIMUM_ROWS[estimator]
+        own = [
+            own_.masked_fill(_vanishes(own_, size, rows) | ~enough, 0.0)
+            for own_, size in zip(own, sizes, strict=True)
+        ]
+        return terms, own
+
+    terms_of_s, own_s = one(layers_s, sigma_s)
+    key = "feature" if feature_side else "gram"
+    if terms_t is None:
+        terms_of_t, own_t = one(layers_t, sigma_t)
     else:
-        grams = [
-            [_unit_scale(_gram(x, rows, kernel, sigma, estimator)) for x in layers]
-            for layers, sigma in zip(features, _two_bandwidths(bandwidth), strict=True)
-        ]
-        terms_s, terms_t = ([_centre_gram(gram, rows, estimator) for gram in g] for g in grams)
-        own_s, own_t = ([_inner(term, term) for term in terms] for terms in (terms_s, terms_t))
-        size_s, size_t = ([_inner(gram, gram) for gram in g] for g in grams)
-        cross = [[_inner(k, c) for c in terms_t] for k in terms_s]
-
-    enough = rows.count >= MINIMUM_ROWS[estimator]
-    flat_s = [_vanishes(own, size, rows) for own, size in zip(own_s, size_s, strict=True)]
-    flat_t = [_vanishes(own, size, rows) for own, size in zip(own_t, size_t, strict=True)]
-    matrix = [
-        [
-            _ratio(cross[i][j], own_s[i], own_t[j], enough & ~flat_s[i] & ~flat_t[j])
-            for j in range(len(layers_t))
-        ]
-        for i in range(len(layers_s))
-    ]
-    return torch.stack([torch.stack(row, dim=-1) for row in matrix], dim=-2)
+        if key not in terms_t:
+            terms_t[key] = one(layers_t, sigma_t)
+        terms_of_t, own_t = terms_t[key]
+    terms = [*terms_of_s, *terms_of_t]
+    if feature_side:
+        cross = [_feature_inner(terms[i], terms[j], rows, estimator) for i, j in pairs]
+    else:
+        cross = [_inner(terms[i], terms[j]) for i, j in pairs]
+    return _Terms(cross, own_s, own_t)
 
 
-def cheaper_side(
-    n: int, widths_s: Sequence[int], widths_t: Sequence[int], *, self_terms: bool = True
-) -> str:
+def pair_indices(pairs: Sequence[int]) -> list[tuple[int, int]]:
+    """(i, j) of each pair, which lie flat: [i0, j0, i1, j1, ...]."""
+    return list(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def cheaper_side(n: int, widths: Sequence[int], pairs: Sequence[int]) -> str:
     """The side, "gram" or "feature", that needs fewer multiplications for linear kernels.
 
-    Gram side: one n x n matrix of cost n^2 d for every layer, whatever the number of pairs.
-    Feature side: one product of cost n d_s d_t for every pair, and n d^2 for every self-term.
+    Gram side: a symmetric n x n matrix, of cost n^2 d / 2, for every layer, whatever the number of
+    pairs. Feature side: a product of cost n d_i d_j for every pair, half of that for a layer with
+    itself. Those of backward are in the same proportion.
     """
-    gram = n * (sum(widths_s) + sum(widths_t))
-    feature = sum(widths_s) * sum(widths_t)
-    if self_terms:
-        feature += sum(d * d for d in (*widths_s, *widths_t))
+    gram = n * sum(widths)
+    feature = sum(
+        widths[i] ** 2 if i == j else 2 * widths[i] * widths[j] for i, j in pair_indices(pairs)
+    )
     return "gram" if gram <= feature else "feature"
 
 
@@ -279,7 +388,9 @@ def _vanishes(own: Tensor, size: Tensor, rows: _Rows) -> Tensor:
     return own <= 2 * torch.finfo(own.dtype).eps * rows.count * size
 
 
-def _ratio(cross: Tensor, own_s: Tensor, own_t: Tensor, defined: Tensor) -> Tensor:
-    """CKA where it is defined, elsewhere 0 with zero gradient (no 0/0 on the untaken branch)."""
-    squared = torch.where(defined, own_s * own_t, torch.ones_like(cross))
-    return torch.where(defined, cross / squared.sqrt(), torch.zeros_like(cross))
+def _ratio(cross: Tensor, own_s: Tensor, own_t: Tensor) -> Tensor:
+    """CKA; 0 with zero gradient where a self term is 0 (no 0/0 on the untaken branch)."""
+    squared = own_s * own_t
+    undefined = squared <= 0  # false for NaN, which must come out again
+    value = cross / squared.masked_fill(undefined, 1.0).sqrt()
+    return value.masked_fill(undefined, 0.0)

@@ -107,11 +107,17 @@ def test_gram_and_feature_side_equal_the_formula(estimator, side):
 def test_side_with_fewer_multiplications_is_chosen():
     from kdfast.reference.cka import cheaper_side
 
-    assert cheaper_side(128, [768], [768]) == "gram"
-    assert cheaper_side(32, [98304], [98304]) == "gram"
-    assert cheaper_side(4096, [768], [768]) == "feature"
-    assert cheaper_side(1500, [768], [768], self_terms=False) == "feature"
-    assert cheaper_side(1500, [768] * 12, [768] * 6) == "gram"  # one Gram serves many pairs
+    def side(n, *widths, cross=((0, 1),), own=True):
+        pairs = [i for pair in cross for i in pair]
+        pairs += [i for layer in range(len(widths) * own) for i in (layer, layer)]
+        return cheaper_side(n, widths, pairs)
+
+    assert side(128, 768, 768) == "gram"
+    assert side(32, 98304, 98304) == "gram"
+    assert side(4096, 768, 768) == "feature"
+    assert side(1500, 768, 768, own=False) == "feature"
+    every = [(i, j) for i in range(12) for j in range(12, 18)]
+    assert side(1500, *[768] * 18, cross=every) == "gram"  # one Gram serves many pairs
 
 
 @options
