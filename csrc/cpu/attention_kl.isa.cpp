@@ -22,13 +22,6 @@ constexpr int rows_of(int vectors) {
     return vectors == 1 ? 12 : accumulators / vectors;
 }
 
-static inline int64_t least(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-static inline int64_t round_up(int64_t n, int64_t to) {
-    return (n + to - 1) / to * to;
-}
-
 template <class Real>
 constexpr int TILE = 3 * LANES<Real>;
 

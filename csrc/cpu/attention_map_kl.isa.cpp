@@ -11,10 +11,6 @@ using namespace attention_map_kl;
 
 namespace {
 
-static inline int64_t round_up(int64_t n, int64_t to) {
-    return (n + to - 1) / to * to;
-}
-
 // One row of both maps [n], n a whole number of vectors.
 template <class Real>
 struct Row {

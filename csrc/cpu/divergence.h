@@ -21,8 +21,6 @@ namespace KDFAST_ISA {
 
 using namespace kdfast;
 
-#define NOINLINE __attribute__((noinline))
-
 // One row a lane, the entries of each one below the other; or, ACROSS, one row over all lanes,
 // whose numbers stand here in every lane.
 template <class Real>

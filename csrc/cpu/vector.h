@@ -11,7 +11,19 @@
 
 #include "types.h"
 
+#define NOINLINE __attribute__((noinline))
+
 namespace KDFAST_ISA {
+
+static inline int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+static inline int64_t most(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+static inline int64_t round_up(int64_t n, int64_t to) {
+    return (n + to - 1) / to * to;
+}
 
 // KDFAST_VECTOR_BYTES: to test one size of vector on a processor that has another.
 #if defined(KDFAST_VECTOR_BYTES)

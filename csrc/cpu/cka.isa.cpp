@@ -1,0 +1,1021 @@
+// Inner products of centred Gram matrices, and their gradients.
+//
+// With X_c the centred valid rows of a layer and unit = |X_c|^2, G = X_c X_c^T / unit:
+//
+//     gram      <G_i, G_j> = sum of G_i o G_j;   dX_i = 2 / unit_i  (sum_j c_ij G_j) X_i
+//     feature   C_ij = X_i^T X_j / root(unit_i unit_j), <G_i, G_j> = |C_ij|^2;
+//               dX_i = 2 / root(unit_i)  sum_j c_ij (X_j / root(unit_j)) C_ji
+//     tiles     as gram, one tile of G at a time, made again for the gradient. For rbf kernels
+//               G = (exp(-D / 2 sigma^2) - c) / unit, and with M the gradient with respect to G and
+//               W = M o exp(-D / 2 sigma^2), dX = 2 / (sigma^2 unit)  (W - diag(W 1)) X_c
+//
+// c_ij are the upstream gradients of the pairs, doubled for a layer with itself. Features are centred
+// where they are packed: nothing holds a centred copy.
+
+#include "cka.h"
+#include "product.h"
+
+namespace KDFAST_ISA {
+
+using namespace cka;
+
+namespace {
+
+constexpr int64_t GROUP = 192;  // columns that are packed at once: whole panels of every width
+
+template <class Real>
+struct Memory {
+    char* start;
+    int64_t size = 0;
+
+    Real* take(int64_t n) {
+        Real* found = reinterpret_cast<Real*>(start + size);
+        size += round_up(n * int64_t(sizeof(Real)), 64);
+        return found;
+    }
+};
+
+template <class Real>
+static Real* of_problem(void* all, int64_t problem, int64_t size) {
+    return static_cast<Real*>(all) + problem * size;
+}
+
+// Columns from `begin` on of a row: as they lie, or in `copy`.
+template <class Real>
+static inline const Real* segment(const Problem& problem, const Layer& layer, int64_t index,
+                                  int64_t row, int64_t begin, int64_t columns, Real* copy) {
+    const int64_t size = size_of(problem.storage);
+    const char* at = layer.x + (index * layer.stride[0] + row * layer.stride[1] + begin) * size;
+    if (size == int64_t(sizeof(Real))) return reinterpret_cast<const Real*>(at);
+    read<Real>(problem.storage, at, columns, Real(1), copy);
+    return copy;
+}
+
+// Some columns of a layer in one problem. A row is centred by taking the first valid row from it and
+// then the mean of what is left, which keeps the digits of features far from zero and makes equal
+// rows exactly zero.
+template <class Real>
+struct Columns {
+    const Problem& problem;
+    const Layer& layer;
+    int64_t index, begin, columns;
+    Real factor;
+    const Real* mean;
+    Real *first, *copy;
+
+    // `buffer`: of buffer_size(columns).
+    Columns(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t columns,
+            Real factor, Real* buffer)
+        : problem(problem), layer(problem.layer[l]), index(index), begin(begin), columns(columns),
+          factor(factor), mean(of_problem<Real>(layer.means, index, layer.width) + begin),
+          first(buffer), copy(buffer + round_up(columns, 64)) {
+        const Real* row = segment<Real>(problem, layer, index, problem.rows[index].index[0], begin,
+                                        columns, copy);
+        for (int64_t c = 0; c < columns; c++) first[c] = row[c];
+    }
+
+    static int64_t buffer_size(int64_t columns) { return 2 * round_up(columns, 64); }
+
+    // The number-th valid row, zero from `columns` to `stride`.
+    void row(int64_t number, int64_t stride, Real* out) const {
+        const Real* x = segment<Real>(problem, layer, index, problem.rows[index].index[number],
+                                      begin, columns, copy);
+        for (int64_t c = 0; c < columns; c++) out[c] = ((x[c] - first[c]) - mean[c]) * factor;
+        for (int64_t c = columns; c < stride; c++) out[c] = 0;
+    }
+
+    // Rows from `from` on, `padded` of them, zero from `count` on.
+    void rows(int64_t from, int64_t count, int64_t padded, int64_t stride, Real* out) const {
+        for (int64_t r = 0; r < count; r++) row(from + r, stride, out + r * stride);
+        memset(out + count * stride, 0, (padded - count) * stride * sizeof(Real));
+    }
+
+    // Rows from `from` on as panels.
+    void packed(int64_t from, int64_t count, const Panels<Real>& panels, Real* line,
+                Real* out) const {
+        for (int64_t r = 0; r < count; r++) {
+            row(from + r, panels.columns(), line);
+            for (int64_t p = 0; p < panels.count; p++) {
+                const int64_t at = panels.begin(p), width = panels.width(p);
+                Real* to = out + at * count + r * width;
+                for (int64_t c = 0; c < width; c += LANES<Real>) {
+                    store<Real>(to + c, load<Real>(line + at + c));
+                }
+            }
+        }
+    }
+};
+
+// Sum over a range of columns of (x - first) and of its square, of all valid rows.
+template <class Real>
+static double means(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
+                    char* scratch) {
+    const Layer& layer = problem.layer[l];
+    const Rows& rows = problem.rows[index];
+    const int64_t columns = end - begin;
+    Memory<Real> memory{scratch};
+    Real *first = memory.take(columns), *copy = memory.take(columns);
+    Real *sum = memory.take(columns), *square = memory.take(columns);
+    double* total = reinterpret_cast<double*>(memory.take(4 * columns));
+    double* total_square = total + columns;
+    const Real* row = segment<Real>(problem, layer, index, rows.index[0], begin, columns, copy);
+    for (int64_t c = 0; c < columns; c++) first[c] = row[c];
+    for (int64_t c = 0; c < 2 * columns; c++) total[c] = 0;
+    for (int64_t done = 0; done < rows.count; done += DEPTH) {
+        for (int64_t c = 0; c < columns; c++) sum[c] = square[c] = 0;
+        for (int64_t r = done; r < least(done + DEPTH, rows.count); r++) {
+            const Real* x =
+                segment<Real>(problem, layer, index, rows.index[r], begin, columns, copy);
+            for (int64_t c = 0; c < columns; c++) {
+                const Real shifted = x[c] - first[c];
+                sum[c] += shifted;
+                square[c] += shifted * shifted;
+            }
+        }
+        for (int64_t c = 0; c < columns; c++) {
+            total[c] += sum[c];
+            total_square[c] += square[c];
+        }
+    }
+    Real* mean = of_problem<Real>(layer.means, index, layer.width) + begin;
+    double squares = 0;
+    for (int64_t c = 0; c < columns; c++) {
+        mean[c] = Real(total[c] / double(rows.count));
+        const double around = total_square[c] - total[c] * (total[c] / double(rows.count));
+        squares += around < 0 ? 0 : around;
+    }
+    return squares;
+}
+
+// What the features are multiplied by, so that products of theirs are in units.
+template <class Real>
+static Real root_factor(const Problem& problem, int64_t l, int64_t index) {
+    if (problem.rbf) return 1;
+    return Real(1 / __builtin_sqrt(double(static_cast<Real*>(problem.layer[l].unit)[index])));
+}
+
+template <class Real>
+static double inner_product(const Real* x, const Real* y, int64_t n) {
+    double total = 0;
+    int64_t c = 0;
+    while (c + 4 * LANES<Real> <= n) {  // shorter sums round less
+        const int64_t end = least(c + 4096, n);
+        Vec<Real> part[4] = {};
+        for (; c + 4 * LANES<Real> <= end; c += 4 * LANES<Real>) {
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) {
+                part[v] += load<Real>(x + c + v * LANES<Real>) * load<Real>(y + c + v * LANES<Real>);
+            }
+        }
+        total += double(sum<Real>((part[0] + part[1]) + (part[2] + part[3])));
+    }
+    for (; c < n; c++) total += double(x[c]) * double(y[c]);
+    return total;
+}
+
+// Gram side
+
+// Columns that are packed at once: few enough to stay in the second cache.
+template <class Real>
+static int64_t chunk_of(int64_t rows) {
+    const int64_t fitting = (int64_t(256) << 10) / int64_t(sizeof(Real)) / most(rows, 1);
+    return least(most(fitting / 64 * 64, 64), 1024);
+}
+
+template <class Real>
+static int64_t gram_part_scratch(const Problem& problem) {
+    const int64_t padded = Panels<Real>(problem.n).columns();
+    const int64_t chunk = chunk_of<Real>(problem.n);
+    Memory<Real> memory{nullptr};
+    memory.take(4 * padded * chunk);  // enough for every smaller number of valid rows as well
+    memory.take(2 * 1024);
+    memory.take(4 * (int64_t(256) << 10) / int64_t(sizeof(Real)));
+    memory.take(8 * 1024);
+    return memory.size;
+}
+
+// sum [padded rows][padded rows] += X_c X_c^T over some columns, whose means are taken here.
+template <class Real>
+static void gram_part(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
+                      Real* sum, char* scratch) {
+    const int64_t n = problem.rows[index].count, chunk = chunk_of<Real>(n);
+    const Panels<Real> panels(n);
+    const int64_t padded = panels.columns();
+    Memory<Real> memory{scratch};
+    Real *rows = memory.take(padded * chunk), *packed = memory.take(padded * chunk);
+    Real* buffer = memory.take(Columns<Real>::buffer_size(chunk));
+    for (int64_t column = begin; column < end; column += chunk) {
+        const int64_t columns = least(chunk, end - column), depth = round_up(columns, LANES<Real>);
+        means<Real>(problem, l, index, column, column + columns, scratch + memory.size);
+        const Columns<Real> x(problem, l, index, column, columns, Real(1), buffer);
+        x.rows(0, n, padded, depth, rows);
+        pack_transposed<Real>(rows, depth, depth, panels, packed);
+        multiply<Real>(rows, depth, 1, n, packed, panels, depth, sum, padded, column == begin, true);
+    }
+}
+
+template <class Real>
+static void gram_finish(const Problem& problem, int64_t l, int64_t index, Real* sums,
+                        int64_t parts) {
+    const Layer& layer = problem.layer[l];
+    const int64_t n = problem.rows[index].count, stride = problem.n;
+    const int64_t padded = Panels<Real>(n).columns(), size = padded * padded;
+    for (int64_t part = 1; part < parts; part++) {
+        for (int64_t i = 0; i < size; i++) sums[i] += sums[part * size + i];
+    }
+    double trace = 0;
+    for (int64_t r = 0; r < n; r++) trace += double(sums[r * padded + r]);
+    const Real unit = trace == 0 ? Real(1) : Real(trace), factor = Real(1) / unit;
+    static_cast<Real*>(layer.unit)[index] = unit;
+    Real* gram = of_problem<Real>(layer.gram, index, stride * stride);
+    for (int64_t r = 0; r < n; r++) {
+        for (int64_t c = r; c < n; c++) gram[r * stride + c] = sums[r * padded + c] * factor;
+    }
+    // The other triangle, by blocks where they are whole.
+    constexpr int64_t lanes = LANES<Real>;
+    for (int64_t r = 0; r < n; r += lanes) {
+        const int64_t rows = least(lanes, n - r);
+        const int64_t beside = r + lanes, whole = rows == lanes ? (n - beside) / lanes * lanes : 0;
+        if (whole > 0) {
+            transpose<Real>(gram + r * stride + beside, stride, whole, gram + beside * stride + r,
+                            stride);
+        }
+        for (int64_t i = r; i < r + rows; i++) {
+            for (int64_t c = i + 1; c < least(beside, n); c++) {
+                gram[c * stride + i] = gram[i * stride + c];
+            }
+            for (int64_t c = beside + most(whole, 0); c < n; c++) {
+                gram[c * stride + i] = gram[i * stride + c];
+            }
+        }
+    }
+    for (int64_t r = 0; r < stride && n < stride; r++) {
+        const int64_t from = r < n ? n : 0;
+        memset(gram + r * stride + from, 0, (stride - from) * sizeof(Real));
+    }
+}
+
+// Centring of a matrix G of rows as the estimator asks: G_ab + p_a + p_b + q, with a zero diagonal
+// where that is unbiased.
+template <class Real>
+struct Centring {
+    Real* p;  // [n], or null where there is nothing to add
+    Real q = 0;
+
+    Centring(const Problem& problem, int64_t l, int64_t index, Real* buffer) : p(nullptr) {
+        const Layer& layer = problem.layer[l];
+        const int64_t n = problem.rows[index].count;
+        if (!problem.rbf && !problem.unbiased) return;
+        p = buffer;
+        double total = 0;
+        // The sums of the rows of G, less its diagonal where that does not take part.
+        for (int64_t a = 0; a < n; a++) {
+            double sum;
+            if (problem.rbf) {
+                sum = double(of_problem<Real>(layer.sums, index, problem.n)[a]);
+            } else if (layer.gram != nullptr) {
+                sum = -double(of_problem<Real>(layer.gram, index, problem.n * problem.n)
+                                  [a * problem.n + a]);
+            } else {
+                sum = -double(of_problem<Real>(layer.norms, index, problem.n)[a]);
+            }
+            total += sum;
+            p[a] = Real(-sum / double(problem.unbiased ? n - 2 : n));
+        }
+        q = Real(total / (problem.unbiased ? double(n - 1) * double(n - 2) : double(n) * double(n)));
+    }
+};
+
+template <class Real>
+static int64_t gram_inner_scratch(const Problem& problem) {
+    Memory<Real> memory{nullptr};
+    for (int64_t l = 0; l < problem.layers; l++) memory.take(problem.n), memory.take(problem.n);
+    return memory.size + problem.layers * int64_t(sizeof(Centring<Real>) + sizeof(Real*)) + 256;
+}
+
+template <class Real>
+static void gram_inner(const Problem& problem, int64_t index, int64_t begin, int64_t end,
+                       double* inner, char* scratch) {
+    const int64_t n = problem.rows[index].count, stride = problem.n;
+    Memory<Real> memory{scratch};
+    Centring<Real>* centring = reinterpret_cast<Centring<Real>*>(
+        memory.take(problem.layers * int64_t(sizeof(Centring<Real>)) / int64_t(sizeof(Real)) + 1));
+    Real** line = reinterpret_cast<Real**>(
+        memory.take(problem.layers * int64_t(sizeof(Real*)) / int64_t(sizeof(Real)) + 1));
+    for (int64_t l = 0; l < problem.layers; l++) {
+        centring[l] = Centring<Real>(problem, l, index, memory.take(stride));
+        line[l] = memory.take(stride);
+    }
+    for (int64_t k = 0; k < 2 * problem.pairs; k++) inner[k] = 0;
+    for (int64_t a = begin; a < end; a++) {
+        const auto row = [&](int64_t l) {
+            return of_problem<Real>(problem.layer[l].gram, index, stride * stride) + a * stride;
+        };
+        // Both triangles are alike: the upper one twice, and the diagonal.
+        const int64_t beside = a + 1, left = n - beside;
+        for (int64_t k = 0; k < problem.pairs; k++) {
+            const Pair& pair = problem.pair[k];
+            if (problem.unbiased && pair.i != pair.j) continue;
+            const Real *x = row(pair.i), *y = row(pair.j);
+            inner[2 * k + 1] += 2 * inner_product<Real>(x + beside, y + beside, left) +
+                                double(x[a]) * double(y[a]);
+        }
+        if (!problem.unbiased) continue;
+        for (int64_t l = 0; l < problem.layers; l++) {
+            const Real *x = row(l), *p = centring[l].p, shift = p[a] + centring[l].q;
+            for (int64_t b = beside; b < n; b++) line[l][b] = x[b] + (p[b] + shift);
+        }
+        for (int64_t k = 0; k < problem.pairs; k++) {
+            const Real *x = line[problem.pair[k].i], *y = line[problem.pair[k].j];
+            inner[2 * k] += 2 * inner_product<Real>(x + beside, y + beside, left);
+        }
+    }
+    for (int64_t k = 0; k < problem.pairs && !problem.unbiased; k++) inner[2 * k] = inner[2 * k + 1];
+}
+
+// M = sum_j c_ij (G_j, centred) of rows `begin` to `end`; the p and q of all j together.
+template <class Real>
+struct Gradient {
+    const double* coefficient;  // [layers]
+    Real *p, q = 0;
+    bool centred;
+
+    Gradient(const Problem& problem, int64_t l, int64_t index, Real* p, Real* buffer)
+        : coefficient(problem.coefficient + (index * problem.layers + l) * problem.layers), p(p) {
+        const int64_t n = problem.rows[index].count;
+        centred = problem.rbf || problem.unbiased;
+        for (int64_t a = 0; a < n && centred; a++) p[a] = 0;
+        for (int64_t j = 0; j < problem.layers && centred; j++) {
+            if (coefficient[j] == 0) continue;
+            const Centring<Real> other(problem, j, index, buffer);
+            const Real c = Real(coefficient[j]);
+            for (int64_t a = 0; a < n; a++) p[a] += c * other.p[a];
+            q += c * other.q;
+        }
+    }
+
+    // out [columns] = a row of M from column `begin` on, given those of all G.
+    template <class Row>
+    void row(const Problem& problem, int64_t a, int64_t begin, int64_t columns, const Row& gram,
+             Real* out) const {
+        const Real shift = centred ? p[a] + q : Real(0);
+        for (int64_t b = 0; b < columns; b++) out[b] = centred ? p[begin + b] + shift : Real(0);
+        for (int64_t j = 0; j < problem.layers; j++) {
+            if (coefficient[j] == 0) continue;
+            const Real *x = gram(j), c = Real(coefficient[j]);
+            for (int64_t b = 0; b < columns; b++) out[b] += c * x[b];
+        }
+        if (problem.unbiased && a >= begin && a < begin + columns) out[a - begin] = 0;
+    }
+};
+
+// The gradient of the number-th valid row, and zero in the rows beside it that are dropped.
+static void put_row(const Problem& problem, int64_t l, int64_t index, int64_t number,
+                    int64_t column, int64_t columns, const char* row, double factor) {
+    const Layer& layer = problem.layer[l];
+    const int64_t size = size_of(problem.storage);
+    const int64_t at = (index * problem.n + problem.rows[index].index[number]) * layer.width;
+    char* out = layer.grad + (at + column) * size;
+    if (problem.storage == F64) {
+        write<double>(F64, reinterpret_cast<const double*>(row), columns, factor, out);
+    } else {
+        write<float>(problem.storage, reinterpret_cast<const float*>(row), columns, float(factor),
+                     out);
+    }
+}
+
+template <class Real>
+static int64_t gram_gradient_scratch(const Problem& problem) {
+    const int64_t n = problem.n;
+    Memory<Real> memory{nullptr};
+    memory.take(n), memory.take(n);
+    memory.take(round_up(GRAM_ROWS, ROWS<Real>) * n);
+    memory.take(Columns<Real>::buffer_size(GROUP)), memory.take(GROUP);
+    memory.take(GROUP * n);
+    memory.take(round_up(GRAM_ROWS, ROWS<Real>) * GROUP);
+    return memory.size;
+}
+
+template <class Real>
+static void gram_gradient(const Problem& problem, int64_t l, int64_t index, int64_t begin,
+                          int64_t end, char* scratch) {
+    const Layer& layer = problem.layer[l];
+    const int64_t n = problem.rows[index].count, rows = end - begin;
+    const int64_t padded = round_up(rows, ROWS<Real>);
+    Memory<Real> memory{scratch};
+    Real* p = memory.take(n);
+    const Gradient<Real> gradient(problem, l, index, p, memory.take(n));
+    Real* m = memory.take(padded * n);
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t a = begin + r;
+        const auto gram = [&](int64_t j) {
+            return of_problem<Real>(problem.layer[j].gram, index, problem.n * problem.n) +
+                   a * problem.n;
+        };
+        gradient.row(problem, a, 0, n, gram, m + r * n);
+    }
+    memset(m + rows * n, 0, (padded - rows) * n * sizeof(Real));
+    Real *buffer = memory.take(Columns<Real>::buffer_size(GROUP)), *line = memory.take(GROUP);
+    Real *packed = memory.take(GROUP * n), *sum = memory.take(padded * GROUP);
+    const double factor = 2 / double(static_cast<Real*>(layer.unit)[index]);
+    for (int64_t column = 0; column < layer.width; column += GROUP) {
+        const int64_t columns = least(GROUP, layer.width - column);
+        const Panels<Real> panels(columns);
+        const Columns<Real> x(problem, l, index, column, columns, Real(1), buffer);
+        for (int64_t k = 0; k < n; k += DEPTH) {
+            const int64_t depth = least(DEPTH, n - k);
+            x.packed(k, depth, panels, line, packed);
+            multiply<Real>(m + k, n, 1, rows, packed, panels, depth, sum, panels.columns(), k == 0);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            put_row(problem, l, index, begin + r, column, columns,
+                    reinterpret_cast<const char*>(sum + r * panels.columns()), factor);
+        }
+    }
+}
+
+// Feature side
+
+constexpr int64_t BLOCK = 384;  // rows and columns of a product that are made at once
+constexpr int64_t SLICE = 128;  // rows of the features that are packed for it
+
+static int64_t blocks_of(int64_t width) {
+    return (width + BLOCK - 1) / BLOCK;
+}
+
+template <class Real>
+static int64_t feature_block_scratch(const Problem&) {
+    Memory<Real> memory{nullptr};
+    memory.take(2 * Columns<Real>::buffer_size(BLOCK)), memory.take(BLOCK);
+    memory.take(2 * SLICE * BLOCK);
+    memory.take(BLOCK * BLOCK);
+    return memory.size;
+}
+
+template <class Real>
+static void feature_block(const Problem& problem, int64_t k, int64_t index, int64_t block,
+                          char* scratch) {
+    const Pair& pair = problem.pair[k];
+    const int64_t width_i = problem.layer[pair.i].width, width_j = problem.layer[pair.j].width;
+    int64_t row = 0, column = block;  // of a layer with itself only blocks with column >= row
+    for (int64_t left = blocks_of(width_j); column >= left;) {
+        column -= left;
+        row++;
+        if (pair.i == pair.j) left--;
+    }
+    if (pair.i == pair.j) column += row;
+    row *= BLOCK, column *= BLOCK;
+    const bool diagonal = pair.i == pair.j && row == column;
+    const int64_t n = problem.rows[index].count;
+    const int64_t height = least(BLOCK, width_i - row), width = least(BLOCK, width_j - column);
+    const int64_t padded = round_up(height, LANES<Real>);
+    const Panels<Real> panels(width);
+    Memory<Real> memory{scratch};
+    Real *buffer_i = memory.take(Columns<Real>::buffer_size(BLOCK));
+    Real *buffer_j = memory.take(Columns<Real>::buffer_size(BLOCK)), *line = memory.take(BLOCK);
+    Real *rows = memory.take(SLICE * BLOCK), *packed = memory.take(SLICE * BLOCK);
+    Real* sum = memory.take(BLOCK * BLOCK);
+    const Columns<Real> x(problem, pair.i, index, row, height,
+                          root_factor<Real>(problem, pair.i, index), buffer_i);
+    const Columns<Real> y(problem, pair.j, index, column, width,
+                          root_factor<Real>(problem, pair.j, index), buffer_j);
+    for (int64_t a = 0; a < n; a += SLICE) {
+        const int64_t depth = least(SLICE, n - a);
+        x.rows(a, depth, depth, padded, rows);
+        y.packed(a, depth, panels, line, packed);
+        multiply<Real>(rows, 1, padded, height, packed, panels, depth, sum, panels.columns(), a == 0,
+                       diagonal);
+    }
+    Real* product = of_problem<Real>(pair.product, index, width_i * width_j);
+    for (int64_t r = 0; r < height; r++) {
+        const Real* from = sum + r * panels.columns();
+        Real* to = product + (row + r) * width_j + column;
+        for (int64_t c = diagonal ? r : 0; c < width; c++) to[c] = from[c];
+        for (int64_t c = diagonal ? r + 1 : 0; c < width && pair.i == pair.j; c++) {
+            product[(column + c) * width_j + row + r] = from[c];
+        }
+    }
+}
+
+// B = c_ij X_j^T X_i [width of j, padded][panels of the width of i], over the roots of the units.
+template <class Real>
+static void feature_pack(const Problem& problem, int64_t l, int64_t other, int64_t index,
+                         Real* packed, char* scratch) {
+    const int64_t rows = problem.layer[other].width, columns = problem.layer[l].width;
+    const int64_t depth = round_up(rows, LANES<Real>);
+    const Real c =
+        Real(problem.coefficient[(index * problem.layers + l) * problem.layers + other]);
+    const Panels<Real> panels(columns);
+    int64_t k = 0;
+    while (!((problem.pair[k].i == l && problem.pair[k].j == other) ||
+             (problem.pair[k].i == other && problem.pair[k].j == l))) {
+        k++;
+    }
+    const bool transposed = problem.pair[k].i == l;  // product [columns][rows]; of l itself either
+    const Real* product = of_problem<Real>(problem.pair[k].product, index, rows * columns);
+    Real* line = reinterpret_cast<Real*>(scratch);
+    for (int64_t p = 0; p < panels.count; p++) {
+        const int64_t begin = panels.begin(p), width = panels.width(p);
+        Real* to = packed + begin * depth;
+        if (transposed) {
+            for (int64_t v = 0; v < width; v += LANES<Real>) {
+                for (int64_t i = 0; i < LANES<Real>; i++) {
+                    const int64_t column = begin + v + i, n = column < columns ? rows : 0;
+                    Real* out = line + i * depth;
+                    for (int64_t r = 0; r < n; r++) out[r] = c * product[column * rows + r];
+                    for (int64_t r = n; r < depth; r++) out[r] = 0;
+                }
+                transpose<Real>(line, depth, depth, to + v, width);
+            }
+            continue;
+        }
+        const int64_t inside = least(width, columns - begin);
+        for (int64_t r = 0; r < depth; r++, to += width) {
+            const int64_t n = r < rows ? inside : 0;
+            for (int64_t i = 0; i < n; i++) to[i] = c * product[r * columns + begin + i];
+            for (int64_t i = n; i < width; i++) to[i] = 0;
+        }
+    }
+}
+
+// What centring adds to every row of the gradient for the unbiased estimator:
+// sum_j c_ij delta_j^T X_i / (n - 2), delta_j being the squared norms of the rows of j.
+template <class Real>
+static void feature_shift(const Problem& problem, int64_t l, int64_t index, Real* shift,
+                          char* scratch) {
+    const int64_t width = problem.layer[l].width, n = problem.rows[index].count;
+    const double* c = problem.coefficient + (index * problem.layers + l) * problem.layers;
+    Memory<Real> memory{scratch};
+    Real *buffer = memory.take(Columns<Real>::buffer_size(width)), *line = memory.take(width);
+    const Columns<Real> x(problem, l, index, 0, width, root_factor<Real>(problem, l, index), buffer);
+    for (int64_t i = 0; i < width; i++) shift[i] = 0;
+    for (int64_t a = 0; a < n; a++) {
+        double weight = 0;
+        for (int64_t j = 0; j < problem.layers; j++) {
+            if (c[j] == 0) continue;
+            weight += c[j] * double(of_problem<Real>(problem.layer[j].norms, index, problem.n)[a]);
+        }
+        x.row(a, width, line);
+        const Real factor = Real(weight / double(n - 2));
+        for (int64_t i = 0; i < width; i++) shift[i] += factor * line[i];
+    }
+}
+
+template <class Real>
+static int64_t feature_gradient_scratch(const Problem& problem) {
+    int64_t widest = 0;
+    for (int64_t l = 0; l < problem.layers; l++) widest = most(widest, problem.layer[l].width);
+    widest = Panels<Real>(widest).columns();
+    Memory<Real> memory{nullptr};
+    memory.take(Columns<Real>::buffer_size(widest)), memory.take(widest);
+    memory.take(ROWS_A_SHARE * widest), memory.take(ROWS_A_SHARE * widest);
+    return memory.size;
+}
+
+template <class Real>
+static void feature_gradient(const Problem& problem, int64_t l, int64_t index, int64_t begin,
+                             int64_t end, const char* const* packed, const Real* shift,
+                             char* scratch) {
+    const Layer& layer = problem.layer[l];
+    const int64_t rows = end - begin, padded = round_up(rows, ROWS<Real>);
+    const int64_t n = problem.rows[index].count;
+    const double* c = problem.coefficient + (index * problem.layers + l) * problem.layers;
+    const Panels<Real> panels(layer.width);
+    int64_t widest = 0;
+    for (int64_t j = 0; j < problem.layers; j++) widest = most(widest, problem.layer[j].width);
+    widest = Panels<Real>(widest).columns();
+    Memory<Real> memory{scratch};
+    Real *buffer = memory.take(Columns<Real>::buffer_size(widest)), *line = memory.take(widest);
+    Real *x = memory.take(ROWS_A_SHARE * widest), *sum = memory.take(ROWS_A_SHARE * widest);
+    bool first = true;
+    for (int64_t j = 0; j < problem.layers; j++) {
+        if (packed[j] == nullptr) continue;
+        const int64_t width = problem.layer[j].width, depth = round_up(width, LANES<Real>);
+        const Columns<Real> columns(problem, j, index, 0, width,
+                                    root_factor<Real>(problem, j, index), buffer);
+        columns.rows(begin, rows, padded, depth, x);
+        multiply<Real>(x, depth, 1, rows, reinterpret_cast<const Real*>(packed[j]), panels, depth,
+                       sum, panels.columns(), first);
+        first = false;
+    }
+    if (first) memset(sum, 0, padded * panels.columns() * sizeof(Real));
+    const Real root = root_factor<Real>(problem, l, index);
+    if (problem.unbiased && !first) {
+        const Columns<Real> own(problem, l, index, 0, layer.width, root, buffer);
+        for (int64_t r = 0; r < rows; r++) {
+            double weight = 0;
+            for (int64_t j = 0; j < problem.layers; j++) {
+                if (c[j] == 0) continue;
+                const Real* norms = of_problem<Real>(problem.layer[j].norms, index, problem.n);
+                const double total = problem.total[index * problem.layers + j];
+                weight += c[j] * (total / (double(n - 1) * double(n - 2)) -
+                                  double(n) / double(n - 2) * double(norms[begin + r]));
+            }
+            own.row(begin + r, panels.columns(), line);
+            Real* to = sum + r * panels.columns();
+            for (int64_t i = 0; i < layer.width; i++) to[i] += Real(weight) * line[i] + shift[i];
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        put_row(problem, l, index, begin + r, 0, layer.width,
+                reinterpret_cast<const char*>(sum + r * panels.columns()), 2 * double(root));
+    }
+}
+
+// Tiles
+
+// exp(-D / 2 sigma^2) = G unit + c
+template <class Real>
+struct Rbf {
+    Real level = 0, half = 0, unit = 1;  // c, 1 / (2 sigma^2)
+    Real middle = 0;                     // mean squared distance of two different rows
+    double slope = 0;                    // 2 / (sigma^2 unit)
+
+    Rbf(const Problem& problem, int64_t l, int64_t index) {
+        const Layer& layer = problem.layer[l];
+        const int64_t n = problem.rows[index].count;
+        const double mean = 2 * problem.total[index * problem.layers + l] / double(n - 1);
+        double variance = layer.sigma * layer.sigma;
+        if (layer.sigma == 0) variance = mean == 0 ? 1 : mean;
+        middle = Real(mean);
+        half = Real(0.5 / variance);
+        level = Real(__builtin_exp(-0.5 * mean / variance));
+        unit = static_cast<Real*>(layer.unit)[index];
+        slope = 2 / (variance * double(unit));
+    }
+
+    Vec<Real> of(Vec<Real> distance) const {
+        // exp(x) - c, by a series where the two are close: a bandwidth much larger than the
+        // distances makes all entries nearly equal, and the digits that differ are all that counts.
+        using T = Types<Real>;
+        const Vec<Real> r = (middle - distance) * half;
+        constexpr int terms = int(sizeof(T::EXP) / sizeof(Real));
+        Vec<Real> series = splat<Real>(T::EXP[terms - 1]);
+#pragma GCC unroll 16
+        for (int i = terms - 2; i >= 0; i--) series = series * r + T::EXP[i];
+        Ints<Real> none;
+        const Vec<Real> whole = exponential<Real>(-distance * half, none) - level;
+        const Ints<Real> close = (r < Real(0.34)) & (r > Real(-0.34));
+        return (close ? r * series * level : whole) / unit;
+    }
+};
+
+constexpr int64_t ACROSS = 256;  // columns of the features that are multiplied at once
+
+template <class Real>
+static int64_t tile_buffers(const Problem&) {
+    Memory<Real> memory{nullptr};
+    memory.take(Columns<Real>::buffer_size(ACROSS));
+    for (int i = 0; i < 3; i++) memory.take(TILE * ACROSS);
+    return memory.size;
+}
+
+// G [TILE][TILE] of rows from i0 and columns from j0 on.
+template <class Real>
+static void tile_of(const Problem& problem, int64_t l, int64_t index, int64_t i0, int64_t ni,
+                    int64_t j0, int64_t nj, Real* out, char* scratch) {
+    const Layer& layer = problem.layer[l];
+    const Panels<Real> panels(nj);
+    Memory<Real> memory{scratch};
+    Real* buffer = memory.take(Columns<Real>::buffer_size(ACROSS));
+    Real *left = memory.take(TILE * ACROSS), *right = memory.take(TILE * ACROSS);
+    Real* packed = memory.take(TILE * ACROSS);
+    const Real factor = root_factor<Real>(problem, l, index);
+    for (int64_t column = 0; column < layer.width; column += ACROSS) {
+        const int64_t columns = least(ACROSS, layer.width - column);
+        const int64_t depth = round_up(columns, LANES<Real>);
+        const Columns<Real> x(problem, l, index, column, columns, factor, buffer);
+        x.rows(i0, ni, round_up(ni, LANES<Real>), depth, left);
+        if (i0 != j0) x.rows(j0, nj, panels.columns(), depth, right);
+        pack_transposed<Real>(i0 == j0 ? left : right, depth, depth, panels, packed);
+        multiply<Real>(left, depth, 1, ni, packed, panels, depth, out, TILE, column == 0);
+    }
+    if (!problem.rbf) return;
+    const Rbf<Real> kernel(problem, l, index);
+    const Real* norms = of_problem<Real>(layer.norms, index, problem.n);
+    const Vec<Real> same = kernel.of(Vec<Real>{});
+    Real* beside = packed;
+    for (int64_t b = 0; b < panels.columns(); b++) beside[b] = b < nj ? norms[j0 + b] : Real(0);
+    for (int64_t a = 0; a < ni; a++) {
+        for (int64_t b = 0; b < panels.columns(); b += LANES<Real>) {
+            Real* at = out + a * TILE + b;
+            const Vec<Real> inner = load<Real>(at);
+            const Vec<Real> squared = norms[i0 + a] + load<Real>(beside + b) - (inner + inner);
+            store<Real>(at, kernel.of(squared < Real(0) ? Vec<Real>{} : squared));
+        }
+        // A row is exactly no distance away from itself; NaN stays.
+        if (i0 == j0) out[a * TILE + a] = same[0] + Real(0) * norms[i0 + a];
+    }
+}
+
+template <class Real>
+static int64_t tile_scratch(const Problem& problem) {
+    return tile_buffers<Real>(problem) + problem.layers * TILE * TILE * int64_t(sizeof(Real));
+}
+
+template <class Real>
+static void tile(const Problem& problem, int64_t index, int64_t i, int64_t j, double* inner,
+                 Real* row_sums, char* scratch) {
+    const int64_t n = problem.rows[index].count, i0 = i * TILE, j0 = j * TILE;
+    const int64_t ni = least(TILE, n - i0), nj = least(TILE, n - j0);
+    Memory<Real> memory{scratch};
+    Real* grams = memory.take(problem.layers * TILE * TILE);
+    const int64_t tiles = (problem.n + TILE - 1) / TILE;
+    for (int64_t l = 0; l < problem.layers; l++) {
+        Real* gram = grams + l * TILE * TILE;
+        tile_of<Real>(problem, l, index, i0, ni, j0, nj, gram, scratch + memory.size);
+        for (int64_t a = 0; a < ni && i == j && problem.unbiased; a++) gram[a * TILE + a] = 0;
+        if (!problem.rbf) continue;
+        // Sums over this tile's columns, and, of the tile that lies opposite, over its rows.
+        Real* slots = row_sums + l * tiles * problem.n;
+        double down[TILE] = {};
+        for (int64_t a = 0; a < ni; a++) {
+            double across = 0;
+            for (int64_t b = 0; b < nj; b++) {
+                across += double(gram[a * TILE + b]);
+                down[b] += double(gram[a * TILE + b]);
+            }
+            slots[j * problem.n + i0 + a] = Real(across);
+        }
+        for (int64_t b = 0; b < nj && i != j; b++) slots[i * problem.n + j0 + b] = Real(down[b]);
+    }
+    const double weight = i == j ? 1 : 2;
+    for (int64_t k = 0; k < problem.pairs; k++) {
+        const Real* x = grams + problem.pair[k].i * TILE * TILE;
+        const Real* y = grams + problem.pair[k].j * TILE * TILE;
+        double sum = 0;
+        for (int64_t a = 0; a < ni; a++) {
+            sum += inner_product<Real>(x + a * TILE, y + a * TILE, nj);
+        }
+        inner[k] = weight * sum;
+    }
+}
+
+template <class Real>
+static int64_t tile_gradient_scratch(const Problem& problem) {
+    Memory<Real> memory{nullptr};
+    int64_t wanted = 0;
+    for (int64_t l = 0; l < problem.layers; l++) {
+        if (problem.layer[l].grad == nullptr) continue;
+        wanted++;
+        memory.take(problem.n), memory.take(TILE);
+        memory.take(TILE * Panels<Real>(problem.layer[l].width).columns());
+    }
+    memory.take(problem.n);
+    memory.take(problem.layers * TILE * TILE), memory.take(TILE * TILE);
+    memory.take(Columns<Real>::buffer_size(GROUP)), memory.take(GROUP), memory.take(GROUP * TILE);
+    return memory.size + wanted * int64_t(sizeof(Gradient<Real>)) +
+           3 * wanted * int64_t(sizeof(void*)) + 256 + tile_buffers<Real>(problem);
+}
+
+template <class Real>
+static void tile_gradient(const Problem& problem, int64_t index, int64_t i, char* scratch) {
+    const int64_t n = problem.rows[index].count, i0 = i * TILE, ni = least(TILE, n - i0);
+    const auto count = [&](int64_t bytes) { return bytes / int64_t(sizeof(Real)) + 1; };
+    struct Wanted {
+        int64_t layer;
+        Gradient<Real> gradient;
+        Real *sum, *weight;  // of M X_c [TILE][width], of the rows of W
+    };
+    Memory<Real> memory{scratch};
+    Real* buffer = memory.take(problem.n);
+    int64_t many = 0;
+    for (int64_t l = 0; l < problem.layers; l++) many += problem.layer[l].grad != nullptr;
+    Wanted* wanted = reinterpret_cast<Wanted*>(memory.take(count(many * int64_t(sizeof(Wanted)))));
+    many = 0;
+    for (int64_t l = 0; l < problem.layers; l++) {
+        if (problem.layer[l].grad == nullptr) continue;
+        const int64_t size = TILE * Panels<Real>(problem.layer[l].width).columns();
+        Real* p = memory.take(problem.n);
+        wanted[many++] = Wanted{l, Gradient<Real>(problem, l, index, p, buffer), memory.take(size),
+                                memory.take(TILE)};
+    }
+    Real *grams = memory.take(problem.layers * TILE * TILE), *m = memory.take(TILE * TILE);
+    Real *around = memory.take(Columns<Real>::buffer_size(GROUP)), *line = memory.take(GROUP);
+    Real* packed = memory.take(GROUP * TILE);
+    for (int64_t w = 0; w < many; w++) memset(wanted[w].weight, 0, TILE * sizeof(Real));
+    for (int64_t j0 = 0; j0 < n; j0 += TILE) {
+        const int64_t nj = least(TILE, n - j0);
+        for (int64_t l = 0; l < problem.layers; l++) {
+            bool needed = problem.rbf && problem.layer[l].grad != nullptr;
+            for (int64_t w = 0; w < many; w++) needed |= wanted[w].gradient.coefficient[l] != 0;
+            if (!needed) continue;
+            tile_of<Real>(problem, l, index, i0, ni, j0, nj, grams + l * TILE * TILE,
+                          scratch + memory.size);
+        }
+        for (int64_t w = 0; w < many; w++) {
+            const int64_t l = wanted[w].layer, width = problem.layer[l].width;
+            const int64_t stride = Panels<Real>(width).columns();
+            const Rbf<Real> kernel(problem, l, index);
+            for (int64_t a = 0; a < ni; a++) {
+                Real* row = m + a * TILE;
+                const auto gram = [&](int64_t k) { return grams + (k * TILE + a) * TILE; };
+                wanted[w].gradient.row(problem, i0 + a, j0, nj, gram, row);
+                if (!problem.rbf) continue;
+                Real sum = 0;
+                for (int64_t b = 0; b < nj; b++) {
+                    row[b] *= gram(l)[b] * kernel.unit + kernel.level;
+                    sum += row[b];
+                }
+                wanted[w].weight[a] += sum;
+            }
+            for (int64_t a = ni; a < round_up(ni, ROWS<Real>); a++) {
+                memset(m + a * TILE, 0, TILE * sizeof(Real));
+            }
+            for (int64_t column = 0; column < width; column += GROUP) {
+                const int64_t columns = least(GROUP, width - column);
+                const Panels<Real> panels(columns);
+                const Columns<Real> x(problem, l, index, column, columns, Real(1), around);
+                x.packed(j0, nj, panels, line, packed);
+                multiply<Real>(m, TILE, 1, ni, packed, panels, nj, wanted[w].sum + column, stride,
+                               j0 == 0);
+            }
+        }
+    }
+    for (int64_t w = 0; w < many; w++) {
+        const int64_t l = wanted[w].layer, width = problem.layer[l].width;
+        const int64_t stride = Panels<Real>(width).columns();
+        double factor = 2 / double(static_cast<Real*>(problem.layer[l].unit)[index]);
+        if (problem.rbf) factor = Rbf<Real>(problem, l, index).slope;
+        for (int64_t column = 0; column < width; column += GROUP) {
+            const int64_t columns = least(GROUP, width - column);
+            const Columns<Real> x(problem, l, index, column, columns, Real(1), around);
+            for (int64_t a = 0; a < ni; a++) {
+                Real* sum = wanted[w].sum + a * stride + column;
+                if (problem.rbf) {
+                    x.row(i0 + a, columns, line);
+                    for (int64_t c = 0; c < columns; c++) sum[c] -= wanted[w].weight[a] * line[c];
+                }
+                put_row(problem, l, index, i0 + a, column, columns,
+                        reinterpret_cast<const char*>(sum), factor);
+            }
+        }
+    }
+}
+
+template <class Real>
+static void norms(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
+                  char* scratch) {
+    const Layer& layer = problem.layer[l];
+    Memory<Real> memory{scratch};
+    Real* buffer = memory.take(Columns<Real>::buffer_size(layer.width));
+    Real* line = memory.take(layer.width);
+    const Columns<Real> x(problem, l, index, 0, layer.width, root_factor<Real>(problem, l, index),
+                          buffer);
+    Real* out = of_problem<Real>(layer.norms, index, problem.n);
+    for (int64_t a = begin; a < end; a++) {
+        x.row(a, layer.width, line);
+        out[a] = Real(inner_product<Real>(line, line, layer.width));
+    }
+}
+
+}  // namespace
+
+// Sizes and functions by the dtype that is computed in.
+#define BY_DTYPE(function, ...) \
+    (problem.storage == F64 ? function<double>(__VA_ARGS__) : function<float>(__VA_ARGS__))
+#define TYPED(Real, x) reinterpret_cast<Real*>(x)
+
+int64_t cka_scratch(const Problem& problem, Work work) {
+    int64_t widest = 0;
+    for (int64_t l = 0; l < problem.layers; l++) widest = most(widest, problem.layer[l].width);
+    switch (work) {
+        case GRAM_PART:
+            return BY_DTYPE(gram_part_scratch, problem);
+        case GRAM_INNER:
+            return BY_DTYPE(gram_inner_scratch, problem);
+        case GRAM_GRADIENT:
+            return BY_DTYPE(gram_gradient_scratch, problem);
+        case FEATURE_BLOCK:
+            return BY_DTYPE(feature_block_scratch, problem);
+        case FEATURE_GRADIENT:
+            return BY_DTYPE(feature_gradient_scratch, problem);
+        case TILE_INNER:
+            return BY_DTYPE(tile_scratch, problem);
+        case TILE_GRADIENT:
+            return BY_DTYPE(tile_gradient_scratch, problem);
+        case ROWS_OF_COLUMNS:  // of means, norms, packing and shifts
+            return 24 * 8 * round_up(widest, 64);
+    }
+    return 0;
+}
+
+double cka_means(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
+                 char* scratch) {
+    return BY_DTYPE(means, problem, l, index, begin, end, scratch);
+}
+
+void cka_norms(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
+               char* scratch) {
+    BY_DTYPE(norms, problem, l, index, begin, end, scratch);
+}
+
+int64_t cka_gram_bytes(const Problem& problem) {
+    const int64_t padded_float = Panels<float>(problem.n).columns();
+    const int64_t padded_double = Panels<double>(problem.n).columns();
+    return round_up(problem.storage == F64 ? 8 * padded_double * padded_double
+                                           : 4 * padded_float * padded_float, 64);
+}
+
+void cka_gram_part(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
+                   char* sum, char* scratch) {
+    if (problem.storage == F64) {
+        gram_part<double>(problem, l, index, begin, end, TYPED(double, sum), scratch);
+    } else {
+        gram_part<float>(problem, l, index, begin, end, TYPED(float, sum), scratch);
+    }
+}
+
+void cka_gram_finish(const Problem& problem, int64_t l, int64_t index, char* sums, int64_t parts) {
+    if (problem.storage == F64) {
+        gram_finish<double>(problem, l, index, TYPED(double, sums), parts);
+    } else {
+        gram_finish<float>(problem, l, index, TYPED(float, sums), parts);
+    }
+}
+
+void cka_gram_inner(const Problem& problem, int64_t index, int64_t begin, int64_t end,
+                    double* inner, char* scratch) {
+    BY_DTYPE(gram_inner, problem, index, begin, end, inner, scratch);
+}
+
+void cka_gram_gradient(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
+                       char* scratch) {
+    BY_DTYPE(gram_gradient, problem, l, index, begin, end, scratch);
+}
+
+int64_t cka_feature_blocks(const Problem& problem, int64_t k) {
+    const Pair& pair = problem.pair[k];
+    const int64_t rows = blocks_of(problem.layer[pair.i].width);
+    const int64_t columns = blocks_of(problem.layer[pair.j].width);
+    return pair.i == pair.j ? rows * (rows + 1) / 2 : rows * columns;
+}
+
+void cka_feature_block(const Problem& problem, int64_t k, int64_t index, int64_t block,
+                       char* scratch) {
+    BY_DTYPE(feature_block, problem, k, index, block, scratch);
+}
+
+double cka_feature_inner(const Problem& problem, int64_t k, int64_t index) {
+    const Pair& pair = problem.pair[k];
+    const int64_t n = problem.layer[pair.i].width * problem.layer[pair.j].width;
+    if (problem.storage == F64) {
+        const double* product = of_problem<double>(pair.product, index, n);
+        return inner_product<double>(product, product, n);
+    }
+    const float* product = of_problem<float>(pair.product, index, n);
+    return inner_product<float>(product, product, n);
+}
+
+int64_t cka_feature_packed_bytes(const Problem& problem, int64_t l, int64_t other) {
+    const int64_t rows = problem.layer[other].width, columns = problem.layer[l].width;
+    if (problem.storage == F64) {
+        return 8 * round_up(rows, LANES<double>) * Panels<double>(columns).columns();
+    }
+    return 4 * round_up(rows, LANES<float>) * Panels<float>(columns).columns();
+}
+
+void cka_feature_pack(const Problem& problem, int64_t l, int64_t other, int64_t index, char* packed,
+                      char* scratch) {
+    if (problem.storage == F64) {
+        feature_pack<double>(problem, l, other, index, TYPED(double, packed), scratch);
+    } else {
+        feature_pack<float>(problem, l, other, index, TYPED(float, packed), scratch);
+    }
+}
+
+void cka_feature_shift(const Problem& problem, int64_t l, int64_t index, char* shift,
+                       char* scratch) {
+    if (problem.storage == F64) {
+        feature_shift<double>(problem, l, index, TYPED(double, shift), scratch);
+    } else {
+        feature_shift<float>(problem, l, index, TYPED(float, shift), scratch);
+    }
+}
+
+void cka_feature_gradient(const Problem& problem, int64_t l, int64_t index, int64_t begin,
+                          int64_t end, const char* const* packed, const char* shift,
+                          char* scratch) {
+    if (problem.storage == F64) {
+        feature_gradient<double>(problem, l, index, begin, end, packed, TYPED(const double, shift),
+                                 scratch);
+    } else {
+        feature_gradient<float>(problem, l, index, begin, end, packed, TYPED(const float, shift),
+                                scratch);
+    }
+}
+
+void cka_tile(const Problem& problem, int64_t index, int64_t i, int64_t j, double* inner,
+              char* row_sums, char* scratch) {
+    if (problem.storage == F64) {
+        tile<double>(problem, index, i, j, inner, TYPED(double, row_sums), scratch);
+    } else {
+        tile<float>(problem, index, i, j, inner, TYPED(float, row_sums), scratch);
+    }
+}
+
+void cka_tile_gradient(const Problem& problem, int64_t index, int64_t i, char* scratch) {
+    BY_DTYPE(tile_gradient, problem, index, i, scratch);
+}
+
+}  // namespace KDFAST_ISA
