@@ -274,8 +274,13 @@ struct Call {
         for_each_item(int64_t(items.size()), scratch_bytes + bytes, [&](int64_t i, char* scratch) {
             const Part& part = items[i];
             char* sum = part.sum == nullptr ? scratch + scratch_bytes : part.sum;
-            KDFAST_CALL(cka_gram_part, problem, part.layer, part.problem, part.begin, part.end, sum,
-                        scratch);
+            Next next{-1, 0, 0, 0};
+            if (i + threads < int64_t(items.size())) {
+                const Part& other = items[i + threads];
+                next = {other.layer, other.problem, other.begin, other.end};
+            }
+            KDFAST_CALL(cka_gram_part, problem, part.layer, part.problem, part.begin, part.end,
+                        next, sum, scratch);
             if (part.sum == nullptr) {
                 KDFAST_CALL(cka_gram_finish, problem, part.layer, part.problem, sum, 1);
             }
@@ -513,8 +518,11 @@ Tensors backward(const Tensor& grad_inner, const Tensor& unit, const Tensor& mea
     if (call.side == GRAM) {
         share(GRAM_ROWS);
         call.each(items, GRAM_GRADIENT, [&](const Item& item, char* scratch) {
+            const std::size_t other = std::size_t(&item - items.data() + call.threads);
+            Next next{-1, 0, 0, 0};
+            if (other < items.size()) next = {items[other].layer, items[other].problem, 0, 0};
             KDFAST_CALL(cka_gram_gradient, problem, item.layer, item.problem, item.begin,
-                        end_of(item, GRAM_ROWS), scratch);
+                        end_of(item, GRAM_ROWS), next, scratch);
         });
     } else if (call.side == FEATURE) {
         call.find_norms(false);

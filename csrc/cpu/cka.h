@@ -49,6 +49,11 @@ struct Problem {
     const double* coefficient;  // backward: [problems][layers][layers], symmetric
 };
 
+// What the same thread does next: some columns, to be fetched meanwhile. layer < 0: nothing.
+struct Next {
+    int64_t layer, problem, begin, end;
+};
+
 constexpr int64_t TILE = 128;         // rows and columns of a Gram matrix that are made at once
 constexpr int64_t GRAM_ROWS = 128;    // rows whose gradient is made at once on the Gram side
 constexpr int64_t ROWS_A_SHARE = 96;  // and on the feature side
@@ -83,7 +88,7 @@ KDFAST_DECLARE(
     // unit and G from all sums.
     int64_t cka_gram_bytes(const cka::Problem&);
     void cka_gram_part(const cka::Problem&, int64_t layer, int64_t problem, int64_t begin,
-                       int64_t end, char* sum, char* scratch);
+                       int64_t end, const cka::Next&, char* sum, char* scratch);
     void cka_gram_finish(const cka::Problem&, int64_t layer, int64_t problem, char* sums,
                          int64_t parts);
     // Over the rows from `begin` to `end`, [pairs][2]: inner products as the estimator asks, and
@@ -91,7 +96,7 @@ KDFAST_DECLARE(
     void cka_gram_inner(const cka::Problem&, int64_t problem, int64_t begin, int64_t end,
                         double* inner, char* scratch);
     void cka_gram_gradient(const cka::Problem&, int64_t layer, int64_t problem, int64_t begin,
-                           int64_t end, char* scratch);
+                           int64_t end, const cka::Next&, char* scratch);
 
     // Feature side; needs means and units. Blocks of a product, one of them, and its squared norm.
     int64_t cka_feature_blocks(const cka::Problem&, int64_t pair);

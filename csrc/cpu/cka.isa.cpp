@@ -147,6 +147,39 @@ static double means(const Problem& problem, int64_t l, int64_t index, int64_t be
     return squares;
 }
 
+// The means of some columns over all valid rows, without the squares.
+template <class Real>
+static void mean_of(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t columns,
+                    char* scratch) {
+    const Layer& layer = problem.layer[l];
+    const Rows& rows = problem.rows[index];
+    Memory<Real> memory{scratch};
+    Real* first = memory.take(columns);
+    Real* copy = memory.take(columns);
+    Real* mean = of_problem<Real>(layer.means, index, layer.width) + begin;
+    const Real* row = segment<Real>(problem, layer, index, rows.index[0], begin, columns, copy);
+    for (int64_t c = 0; c < columns; c++) first[c] = row[c];
+    for (int64_t c = 0; c < columns; c++) mean[c] = 0;
+    int64_t r = 1;
+    if (size_of(problem.storage) == int64_t(sizeof(Real))) {
+        for (; r + 4 <= rows.count; r += 4) {  // one pass over the sums for four rows
+            const Real* x[4];
+            for (int i = 0; i < 4; i++) {
+                x[i] = segment<Real>(problem, layer, index, rows.index[r + i], begin, columns, copy);
+            }
+            for (int64_t c = 0; c < columns; c++) {
+                mean[c] += ((x[0][c] - first[c]) + (x[1][c] - first[c])) +
+                           ((x[2][c] - first[c]) + (x[3][c] - first[c]));
+            }
+        }
+    }
+    for (; r < rows.count; r++) {
+        const Real* x = segment<Real>(problem, layer, index, rows.index[r], begin, columns, copy);
+        for (int64_t c = 0; c < columns; c++) mean[c] += x[c] - first[c];
+    }
+    for (int64_t c = 0; c < columns; c++) mean[c] /= Real(rows.count);
+}
+
 // What the features are multiplied by, so that products of theirs are in units.
 template <class Real>
 static Real root_factor(const Problem& problem, int64_t l, int64_t index) {
@@ -176,41 +209,65 @@ static double inner_product(const Real* x, const Real* y, int64_t n) {
 // Gram side
 
 // Columns that are packed at once: few enough to stay in the second cache.
+constexpr int64_t CHUNK_BYTES = int64_t(128) << 10, LONGEST_CHUNK = 1024;
+
 template <class Real>
 static int64_t chunk_of(int64_t rows) {
-    const int64_t fitting = (int64_t(256) << 10) / int64_t(sizeof(Real)) / most(rows, 1);
-    return least(most(fitting / 64 * 64, 64), 1024);
+    const int64_t fitting = CHUNK_BYTES / int64_t(sizeof(Real)) / most(rows, 1);
+    return least(most(fitting / 64 * 64, 64), LONGEST_CHUNK);
 }
 
 template <class Real>
 static int64_t gram_part_scratch(const Problem& problem) {
-    const int64_t padded = Panels<Real>(problem.n).columns();
-    const int64_t chunk = chunk_of<Real>(problem.n);
+    // Fewer valid rows have longer chunks.
+    const int64_t largest = most(padded(problem.n) * chunk_of<Real>(problem.n),
+                                 CHUNK_BYTES / int64_t(sizeof(Real)) + 24 * LONGEST_CHUNK);
     Memory<Real> memory{nullptr};
-    memory.take(4 * padded * chunk);  // enough for every smaller number of valid rows as well
-    memory.take(2 * 1024);
-    memory.take(4 * (int64_t(256) << 10) / int64_t(sizeof(Real)));
-    memory.take(8 * 1024);
+    memory.take(largest), memory.take(largest);
+    memory.take(Columns<Real>::buffer_size(LONGEST_CHUNK)), memory.take(2 * LONGEST_CHUNK);
     return memory.size;
 }
 
-// sum [padded rows][padded rows] += X_c X_c^T over some columns, whose means are taken here.
+// Some columns of all valid rows, to be fetched ahead.
+static Ahead ahead_of(const Problem& problem, int64_t l, int64_t index, int64_t begin,
+                      int64_t columns) {
+    const Layer& layer = problem.layer[l];
+    const int64_t size = size_of(problem.storage);
+    Ahead ahead;
+    ahead.start = layer.x + (index * layer.stride[0] + begin) * size;
+    ahead.stride = layer.stride[1] * size;
+    ahead.bytes = columns * size;
+    ahead.rows = problem.rows[index].count;
+    ahead.index = problem.rows[index].index;
+    return ahead;
+}
+
+// sum [padded rows][columns of panels] = X_c X_c^T over some columns, whose means are taken here.
 template <class Real>
 static void gram_part(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
-                      Real* sum, char* scratch) {
+                      const Next& next, Real* sum, char* scratch) {
     const int64_t n = problem.rows[index].count, chunk = chunk_of<Real>(n);
     const Panels<Real> panels(n);
-    const int64_t padded = panels.columns();
+    const int64_t stride = panels.columns();
     Memory<Real> memory{scratch};
-    Real *rows = memory.take(padded * chunk), *packed = memory.take(padded * chunk);
+    Real *rows = memory.take(padded(n) * chunk), *packed = memory.take(padded(n) * chunk);
     Real* buffer = memory.take(Columns<Real>::buffer_size(chunk));
     for (int64_t column = begin; column < end; column += chunk) {
         const int64_t columns = least(chunk, end - column), depth = round_up(columns, LANES<Real>);
-        means<Real>(problem, l, index, column, column + columns, scratch + memory.size);
+        mean_of<Real>(problem, l, index, column, columns, scratch + memory.size);
         const Columns<Real> x(problem, l, index, column, columns, Real(1), buffer);
-        x.rows(0, n, padded, depth, rows);
+        x.rows(0, n, padded(n), depth, rows);
         pack_transposed<Real>(rows, depth, depth, panels, packed);
-        multiply<Real>(rows, depth, 1, n, packed, panels, depth, sum, padded, column == begin, true);
+        Ahead ahead;
+        if (column + chunk < end) {
+            ahead = ahead_of(problem, l, index, column + chunk, least(chunk, end - column - chunk));
+        } else if (next.layer >= 0) {
+            const int64_t length = chunk_of<Real>(problem.rows[next.problem].count);
+            ahead = ahead_of(problem, next.layer, next.problem, next.begin,
+                             least(length, next.end - next.begin));
+        }
+        multiply<Real>(rows, depth, 1, n, packed, panels, depth, sum, stride, column == begin, true,
+                       &ahead);
     }
 }
 
@@ -219,17 +276,17 @@ static void gram_finish(const Problem& problem, int64_t l, int64_t index, Real* 
                         int64_t parts) {
     const Layer& layer = problem.layer[l];
     const int64_t n = problem.rows[index].count, stride = problem.n;
-    const int64_t padded = Panels<Real>(n).columns(), size = padded * padded;
+    const int64_t width = Panels<Real>(n).columns(), size = padded(n) * width;
     for (int64_t part = 1; part < parts; part++) {
         for (int64_t i = 0; i < size; i++) sums[i] += sums[part * size + i];
     }
     double trace = 0;
-    for (int64_t r = 0; r < n; r++) trace += double(sums[r * padded + r]);
+    for (int64_t r = 0; r < n; r++) trace += double(sums[r * width + r]);
     const Real unit = trace == 0 ? Real(1) : Real(trace), factor = Real(1) / unit;
     static_cast<Real*>(layer.unit)[index] = unit;
     Real* gram = of_problem<Real>(layer.gram, index, stride * stride);
     for (int64_t r = 0; r < n; r++) {
-        for (int64_t c = r; c < n; c++) gram[r * stride + c] = sums[r * padded + c] * factor;
+        for (int64_t c = r; c < n; c++) gram[r * stride + c] = sums[r * width + c] * factor;
     }
     // The other triangle, by blocks where they are whole.
     constexpr int64_t lanes = LANES<Real>;
@@ -389,23 +446,22 @@ static int64_t gram_gradient_scratch(const Problem& problem) {
     const int64_t n = problem.n;
     Memory<Real> memory{nullptr};
     memory.take(n), memory.take(n);
-    memory.take(round_up(GRAM_ROWS, ROWS<Real>) * n);
+    memory.take(padded(GRAM_ROWS) * n);
     memory.take(Columns<Real>::buffer_size(GROUP)), memory.take(GROUP);
     memory.take(GROUP * n);
-    memory.take(round_up(GRAM_ROWS, ROWS<Real>) * GROUP);
+    memory.take(padded(GRAM_ROWS) * GROUP);
     return memory.size;
 }
 
 template <class Real>
 static void gram_gradient(const Problem& problem, int64_t l, int64_t index, int64_t begin,
-                          int64_t end, char* scratch) {
+                          int64_t end, const Next& next, char* scratch) {
     const Layer& layer = problem.layer[l];
     const int64_t n = problem.rows[index].count, rows = end - begin;
-    const int64_t padded = round_up(rows, ROWS<Real>);
     Memory<Real> memory{scratch};
     Real* p = memory.take(n);
     const Gradient<Real> gradient(problem, l, index, p, memory.take(n));
-    Real* m = memory.take(padded * n);
+    Real* m = memory.take(padded(rows) * n);
     for (int64_t r = 0; r < rows; r++) {
         const int64_t a = begin + r;
         const auto gram = [&](int64_t j) {
@@ -414,9 +470,9 @@ static void gram_gradient(const Problem& problem, int64_t l, int64_t index, int6
         };
         gradient.row(problem, a, 0, n, gram, m + r * n);
     }
-    memset(m + rows * n, 0, (padded - rows) * n * sizeof(Real));
+    memset(m + rows * n, 0, (padded(rows) - rows) * n * sizeof(Real));
     Real *buffer = memory.take(Columns<Real>::buffer_size(GROUP)), *line = memory.take(GROUP);
-    Real *packed = memory.take(GROUP * n), *sum = memory.take(padded * GROUP);
+    Real *packed = memory.take(GROUP * n), *sum = memory.take(padded(rows) * GROUP);
     const double factor = 2 / double(static_cast<Real*>(layer.unit)[index]);
     for (int64_t column = 0; column < layer.width; column += GROUP) {
         const int64_t columns = least(GROUP, layer.width - column);
@@ -425,7 +481,16 @@ static void gram_gradient(const Problem& problem, int64_t l, int64_t index, int6
         for (int64_t k = 0; k < n; k += DEPTH) {
             const int64_t depth = least(DEPTH, n - k);
             x.packed(k, depth, panels, line, packed);
-            multiply<Real>(m + k, n, 1, rows, packed, panels, depth, sum, panels.columns(), k == 0);
+            Ahead ahead;
+            if (k + DEPTH >= n && column + GROUP < layer.width) {
+                ahead = ahead_of(problem, l, index, column + GROUP,
+                                 least(GROUP, layer.width - column - GROUP));
+            } else if (k + DEPTH >= n && next.layer >= 0) {
+                ahead = ahead_of(problem, next.layer, next.problem, 0,
+                                 least(GROUP, problem.layer[next.layer].width));
+            }
+            multiply<Real>(m + k, n, 1, rows, packed, panels, depth, sum, panels.columns(), k == 0,
+                           false, &ahead);
         }
         for (int64_t r = 0; r < rows; r++) {
             put_row(problem, l, index, begin + r, column, columns,
@@ -468,7 +533,7 @@ static void feature_block(const Problem& problem, int64_t k, int64_t index, int6
     const bool diagonal = pair.i == pair.j && row == column;
     const int64_t n = problem.rows[index].count;
     const int64_t height = least(BLOCK, width_i - row), width = least(BLOCK, width_j - column);
-    const int64_t padded = round_up(height, LANES<Real>);
+    const int64_t stride = padded(height);
     const Panels<Real> panels(width);
     Memory<Real> memory{scratch};
     Real *buffer_i = memory.take(Columns<Real>::buffer_size(BLOCK));
@@ -481,9 +546,9 @@ static void feature_block(const Problem& problem, int64_t k, int64_t index, int6
                           root_factor<Real>(problem, pair.j, index), buffer_j);
     for (int64_t a = 0; a < n; a += SLICE) {
         const int64_t depth = least(SLICE, n - a);
-        x.rows(a, depth, depth, padded, rows);
+        x.rows(a, depth, depth, stride, rows);
         y.packed(a, depth, panels, line, packed);
-        multiply<Real>(rows, 1, padded, height, packed, panels, depth, sum, panels.columns(), a == 0,
+        multiply<Real>(rows, 1, stride, height, packed, panels, depth, sum, panels.columns(), a == 0,
                        diagonal);
     }
     Real* product = of_problem<Real>(pair.product, index, width_i * width_j);
@@ -577,7 +642,7 @@ static void feature_gradient(const Problem& problem, int64_t l, int64_t index, i
                              int64_t end, const char* const* packed, const Real* shift,
                              char* scratch) {
     const Layer& layer = problem.layer[l];
-    const int64_t rows = end - begin, padded = round_up(rows, ROWS<Real>);
+    const int64_t rows = end - begin;
     const int64_t n = problem.rows[index].count;
     const double* c = problem.coefficient + (index * problem.layers + l) * problem.layers;
     const Panels<Real> panels(layer.width);
@@ -593,12 +658,12 @@ static void feature_gradient(const Problem& problem, int64_t l, int64_t index, i
         const int64_t width = problem.layer[j].width, depth = round_up(width, LANES<Real>);
         const Columns<Real> columns(problem, j, index, 0, width,
                                     root_factor<Real>(problem, j, index), buffer);
-        columns.rows(begin, rows, padded, depth, x);
+        columns.rows(begin, rows, padded(rows), depth, x);
         multiply<Real>(x, depth, 1, rows, reinterpret_cast<const Real*>(packed[j]), panels, depth,
                        sum, panels.columns(), first);
         first = false;
     }
-    if (first) memset(sum, 0, padded * panels.columns() * sizeof(Real));
+    if (first) memset(sum, 0, rows * panels.columns() * sizeof(Real));
     const Real root = root_factor<Real>(problem, l, index);
     if (problem.unbiased && !first) {
         const Columns<Real> own(problem, l, index, 0, layer.width, root, buffer);
@@ -660,17 +725,18 @@ struct Rbf {
     }
 };
 
+constexpr int64_t SQUARE = (TILE + 23) / 24 * 24 * TILE;  // numbers of a tile, with its padding
 constexpr int64_t ACROSS = 256;  // columns of the features that are multiplied at once
 
 template <class Real>
 static int64_t tile_buffers(const Problem&) {
     Memory<Real> memory{nullptr};
     memory.take(Columns<Real>::buffer_size(ACROSS));
-    for (int i = 0; i < 3; i++) memory.take(TILE * ACROSS);
+    for (int i = 0; i < 3; i++) memory.take(padded(TILE) * ACROSS);
     return memory.size;
 }
 
-// G [TILE][TILE] of rows from i0 and columns from j0 on.
+// G [padded(TILE)][TILE] of rows from i0 and columns from j0 on.
 template <class Real>
 static void tile_of(const Problem& problem, int64_t l, int64_t index, int64_t i0, int64_t ni,
                     int64_t j0, int64_t nj, Real* out, char* scratch) {
@@ -678,15 +744,15 @@ static void tile_of(const Problem& problem, int64_t l, int64_t index, int64_t i0
     const Panels<Real> panels(nj);
     Memory<Real> memory{scratch};
     Real* buffer = memory.take(Columns<Real>::buffer_size(ACROSS));
-    Real *left = memory.take(TILE * ACROSS), *right = memory.take(TILE * ACROSS);
-    Real* packed = memory.take(TILE * ACROSS);
+    Real *left = memory.take(padded(TILE) * ACROSS), *right = memory.take(padded(TILE) * ACROSS);
+    Real* packed = memory.take(padded(TILE) * ACROSS);
     const Real factor = root_factor<Real>(problem, l, index);
     for (int64_t column = 0; column < layer.width; column += ACROSS) {
         const int64_t columns = least(ACROSS, layer.width - column);
         const int64_t depth = round_up(columns, LANES<Real>);
         const Columns<Real> x(problem, l, index, column, columns, factor, buffer);
-        x.rows(i0, ni, round_up(ni, LANES<Real>), depth, left);
-        if (i0 != j0) x.rows(j0, nj, panels.columns(), depth, right);
+        x.rows(i0, ni, padded(ni), depth, left);
+        if (i0 != j0) x.rows(j0, nj, padded(nj), depth, right);
         pack_transposed<Real>(i0 == j0 ? left : right, depth, depth, panels, packed);
         multiply<Real>(left, depth, 1, ni, packed, panels, depth, out, TILE, column == 0);
     }
@@ -710,7 +776,7 @@ static void tile_of(const Problem& problem, int64_t l, int64_t index, int64_t i0
 
 template <class Real>
 static int64_t tile_scratch(const Problem& problem) {
-    return tile_buffers<Real>(problem) + problem.layers * TILE * TILE * int64_t(sizeof(Real));
+    return tile_buffers<Real>(problem) + problem.layers * SQUARE * int64_t(sizeof(Real)) + 64;
 }
 
 template <class Real>
@@ -719,10 +785,10 @@ static void tile(const Problem& problem, int64_t index, int64_t i, int64_t j, do
     const int64_t n = problem.rows[index].count, i0 = i * TILE, j0 = j * TILE;
     const int64_t ni = least(TILE, n - i0), nj = least(TILE, n - j0);
     Memory<Real> memory{scratch};
-    Real* grams = memory.take(problem.layers * TILE * TILE);
+    Real* grams = memory.take(problem.layers * SQUARE);
     const int64_t tiles = (problem.n + TILE - 1) / TILE;
     for (int64_t l = 0; l < problem.layers; l++) {
-        Real* gram = grams + l * TILE * TILE;
+        Real* gram = grams + l * SQUARE;
         tile_of<Real>(problem, l, index, i0, ni, j0, nj, gram, scratch + memory.size);
         for (int64_t a = 0; a < ni && i == j && problem.unbiased; a++) gram[a * TILE + a] = 0;
         if (!problem.rbf) continue;
@@ -741,8 +807,8 @@ static void tile(const Problem& problem, int64_t index, int64_t i, int64_t j, do
     }
     const double weight = i == j ? 1 : 2;
     for (int64_t k = 0; k < problem.pairs; k++) {
-        const Real* x = grams + problem.pair[k].i * TILE * TILE;
-        const Real* y = grams + problem.pair[k].j * TILE * TILE;
+        const Real* x = grams + problem.pair[k].i * SQUARE;
+        const Real* y = grams + problem.pair[k].j * SQUARE;
         double sum = 0;
         for (int64_t a = 0; a < ni; a++) {
             sum += inner_product<Real>(x + a * TILE, y + a * TILE, nj);
@@ -759,10 +825,10 @@ static int64_t tile_gradient_scratch(const Problem& problem) {
         if (problem.layer[l].grad == nullptr) continue;
         wanted++;
         memory.take(problem.n), memory.take(TILE);
-        memory.take(TILE * Panels<Real>(problem.layer[l].width).columns());
+        memory.take(padded(TILE) * Panels<Real>(problem.layer[l].width).columns());
     }
     memory.take(problem.n);
-    memory.take(problem.layers * TILE * TILE), memory.take(TILE * TILE);
+    memory.take(problem.layers * SQUARE), memory.take(SQUARE);
     memory.take(Columns<Real>::buffer_size(GROUP)), memory.take(GROUP), memory.take(GROUP * TILE);
     return memory.size + wanted * int64_t(sizeof(Gradient<Real>)) +
            3 * wanted * int64_t(sizeof(void*)) + 256 + tile_buffers<Real>(problem);
@@ -785,12 +851,12 @@ static void tile_gradient(const Problem& problem, int64_t index, int64_t i, char
     many = 0;
     for (int64_t l = 0; l < problem.layers; l++) {
         if (problem.layer[l].grad == nullptr) continue;
-        const int64_t size = TILE * Panels<Real>(problem.layer[l].width).columns();
+        const int64_t size = padded(TILE) * Panels<Real>(problem.layer[l].width).columns();
         Real* p = memory.take(problem.n);
         wanted[many++] = Wanted{l, Gradient<Real>(problem, l, index, p, buffer), memory.take(size),
                                 memory.take(TILE)};
     }
-    Real *grams = memory.take(problem.layers * TILE * TILE), *m = memory.take(TILE * TILE);
+    Real *grams = memory.take(problem.layers * SQUARE), *m = memory.take(SQUARE);
     Real *around = memory.take(Columns<Real>::buffer_size(GROUP)), *line = memory.take(GROUP);
     Real* packed = memory.take(GROUP * TILE);
     for (int64_t w = 0; w < many; w++) memset(wanted[w].weight, 0, TILE * sizeof(Real));
@@ -800,7 +866,7 @@ static void tile_gradient(const Problem& problem, int64_t index, int64_t i, char
             bool needed = problem.rbf && problem.layer[l].grad != nullptr;
             for (int64_t w = 0; w < many; w++) needed |= wanted[w].gradient.coefficient[l] != 0;
             if (!needed) continue;
-            tile_of<Real>(problem, l, index, i0, ni, j0, nj, grams + l * TILE * TILE,
+            tile_of<Real>(problem, l, index, i0, ni, j0, nj, grams + l * SQUARE,
                           scratch + memory.size);
         }
         for (int64_t w = 0; w < many; w++) {
@@ -809,7 +875,7 @@ static void tile_gradient(const Problem& problem, int64_t index, int64_t i, char
             const Rbf<Real> kernel(problem, l, index);
             for (int64_t a = 0; a < ni; a++) {
                 Real* row = m + a * TILE;
-                const auto gram = [&](int64_t k) { return grams + (k * TILE + a) * TILE; };
+                const auto gram = [&](int64_t k) { return grams + k * SQUARE + a * TILE; };
                 wanted[w].gradient.row(problem, i0 + a, j0, nj, gram, row);
                 if (!problem.rbf) continue;
                 Real sum = 0;
@@ -819,7 +885,7 @@ static void tile_gradient(const Problem& problem, int64_t index, int64_t i, char
                 }
                 wanted[w].weight[a] += sum;
             }
-            for (int64_t a = ni; a < round_up(ni, ROWS<Real>); a++) {
+            for (int64_t a = ni; a < padded(ni); a++) {
                 memset(m + a * TILE, 0, TILE * sizeof(Real));
             }
             for (int64_t column = 0; column < width; column += GROUP) {
@@ -911,18 +977,16 @@ void cka_norms(const Problem& problem, int64_t l, int64_t index, int64_t begin, 
 }
 
 int64_t cka_gram_bytes(const Problem& problem) {
-    const int64_t padded_float = Panels<float>(problem.n).columns();
-    const int64_t padded_double = Panels<double>(problem.n).columns();
-    return round_up(problem.storage == F64 ? 8 * padded_double * padded_double
-                                           : 4 * padded_float * padded_float, 64);
+    return problem.storage == F64 ? 8 * padded(problem.n) * Panels<double>(problem.n).columns()
+                                  : 4 * padded(problem.n) * Panels<float>(problem.n).columns();
 }
 
 void cka_gram_part(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
-                   char* sum, char* scratch) {
+                   const Next& next, char* sum, char* scratch) {
     if (problem.storage == F64) {
-        gram_part<double>(problem, l, index, begin, end, TYPED(double, sum), scratch);
+        gram_part<double>(problem, l, index, begin, end, next, TYPED(double, sum), scratch);
     } else {
-        gram_part<float>(problem, l, index, begin, end, TYPED(float, sum), scratch);
+        gram_part<float>(problem, l, index, begin, end, next, TYPED(float, sum), scratch);
     }
 }
 
@@ -940,8 +1004,8 @@ void cka_gram_inner(const Problem& problem, int64_t index, int64_t begin, int64_
 }
 
 void cka_gram_gradient(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
-                       char* scratch) {
-    BY_DTYPE(gram_gradient, problem, l, index, begin, end, scratch);
+                       const Next& next, char* scratch) {
+    BY_DTYPE(gram_gradient, problem, l, index, begin, end, next, scratch);
 }
 
 int64_t cka_feature_blocks(const Problem& problem, int64_t k) {

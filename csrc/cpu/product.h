@@ -1,7 +1,7 @@
 // Matrix products of operands that are prepared by whoever needs them.
 //
 // The right operand lies in panels of up to three vectors of columns, [depth][columns] each, the left
-// one anyhow. Outputs are padded to whole panels and whole groups of ROWS rows.
+// one anyhow. Left operands and outputs have room for `padded` rows, outputs for whole panels.
 
 #pragma once
 
@@ -11,9 +11,14 @@ namespace KDFAST_ISA {
 
 namespace {
 
-// Rows of accumulators: with panels of three vectors they fill the registers.
-template <class Real>
-constexpr int ROWS = LANES<Real> >= 16 ? 8 : 4;
+// How many rows of `vectors` accumulators fill the registers.
+constexpr int rows_of(int vectors) {
+    return (REGISTERS == 32 && VECTOR_BYTES == 64 ? 24 : 12) / vectors;
+}
+
+static inline int64_t padded(int64_t rows) {
+    return round_up(rows, 24);
+}
 
 constexpr int64_t DEPTH = 256;  // of a panel that stays in the first cache
 
@@ -38,11 +43,33 @@ struct Panels {
     int64_t width(int64_t panel) const { return LANES<Real> * width_in_vectors(panel); }
 };
 
-// c [ROWS][V vectors] += a x b, or =; a(r, k) = a[r * a_r + k * a_k].
+// Brings rows of memory into the cache while something else is computed.
+struct Ahead {
+    static constexpr int64_t LINE = 64;
+    const char* start = nullptr;
+    int64_t stride = 0, bytes = 0, rows = 0;
+    const int32_t* index = nullptr;  // of the rows
+    int64_t row = 0, at = 0, step = 0;
+
+    // In so many calls of `fetch`.
+    void within(int64_t calls) {
+        step = ((bytes + LINE - 1) / LINE * (rows - row) + calls - 1) / most(calls, 1);
+    }
+
+    void fetch() {
+        for (int64_t i = 0; i < step && row < rows; i++) {
+            __builtin_prefetch(start + index[row] * stride + at);
+            at += LINE;
+            if (at >= bytes) at = 0, row++;
+        }
+    }
+};
+
+// c [rows_of(V)][V vectors] += a x b, or =; a(r, k) = a[r * a_r + k * a_k].
 template <class Real, int V>
 static NOINLINE void multiply_panel(const Real* a, int64_t a_r, int64_t a_k, const Real* b,
                                     int64_t depth, Real* c, int64_t stride, bool first) {
-    constexpr int lanes = LANES<Real>, R = ROWS<Real>;
+    constexpr int lanes = LANES<Real>, R = rows_of(V);
     Vec<Real> sum[R][V] = {};
 #pragma GCC unroll 4
     for (int64_t k = 0; k < depth; k++, a += a_k, b += V * lanes) {
@@ -74,17 +101,23 @@ static NOINLINE void multiply_panel(const Real* a, int64_t a_r, int64_t a_k, con
 template <class Real>
 static void multiply(const Real* a, int64_t a_r, int64_t a_k, int64_t rows, const Real* b,
                      const Panels<Real>& panels, int64_t depth, Real* c, int64_t stride, bool first,
-                     bool upper = false) {
+                     bool upper = false, Ahead* ahead = nullptr) {
+    if (ahead != nullptr) {
+        const int64_t tiles = rows * panels.columns() / (12 * LANES<Real>) / (upper ? 2 : 1);
+        ahead->within(tiles * ((depth + DEPTH - 1) / DEPTH));
+    }
     for (int64_t k = 0; k < depth; k += DEPTH) {
         const int64_t now = least(DEPTH, depth - k);
         for (int64_t p = 0; p < panels.count; p++) {
             const int64_t begin = panels.begin(p), width = panels.width(p);
+            const int vectors = panels.width_in_vectors(p);
             const Real* panel = b + begin * depth + k * width;
             const int64_t end = upper ? least(rows, begin + width) : rows;
-            const auto function = width == 3 * LANES<Real>   ? multiply_panel<Real, 3>
-                                  : width == 2 * LANES<Real> ? multiply_panel<Real, 2>
-                                                             : multiply_panel<Real, 1>;
-            for (int64_t r = 0; r < end; r += ROWS<Real>) {
+            const auto function = vectors == 3   ? multiply_panel<Real, 3>
+                                  : vectors == 2 ? multiply_panel<Real, 2>
+                                                 : multiply_panel<Real, 1>;
+            for (int64_t r = 0; r < end; r += rows_of(vectors)) {
+                if (ahead != nullptr) ahead->fetch();
                 function(a + r * a_r + k * a_k, a_r, a_k, panel, now, c + r * stride + begin, stride,
                          first && k == 0);
             }
