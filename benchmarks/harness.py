@@ -65,7 +65,7 @@ from torch import Tensor
 from kdfast.errors import BackendError, InputError
 from kdfast.ops import dispatch, library
 
-OPERATORS = ("attention_kl", "attention_map_kl")
+OPERATORS = ("attention_kl", "attention_map_kl", "cka")
 PASSES = ("forward", "forward+backward", "backward")
 
 # An error below this is the rounding of the result itself: by dtype, of the loss and of a gradient.
@@ -409,11 +409,11 @@ def _peak_of_this_process(row: Row, variant: str, threads: int) -> dict[str, int
 
     # A tiny run loads the code. What a variant keeps from call to call at the real size stays
     # outside of it, and so counts.
-    if variant != "compile":
+    if not variant.startswith("compile"):
         once(*steps(module.Problem(replace(row, shape=module.TINY), device)))
     problem = module.Problem(row, device)
     run = steps(problem)
-    if variant == "compile":
+    if variant.startswith("compile"):
         once(*run)  # the compiler's own memory is not the operator's
     gc.collect()
     try:

@@ -14,7 +14,7 @@ from typing import Any
 from kdfast.benchmarks.harness import ratios, wrong_rows
 from kdfast.errors import InputError
 
-BASELINES = ("eager", "compile", "flash")
+BASELINES = ("eager", "compile", "flash", "eager best", "compile best", "loop", "cka loop")
 PLOTS = ("ratios", "bound", "memory")
 BUSY = 0.1  # share of the CPUs that other work may take before the report says so
 COLOURS = {
@@ -25,6 +25,10 @@ COLOURS = {
     "eager": "C1",
     "compile": "C2",
     "flash": "C3",
+    "eager best": "C4",
+    "compile best": "C5",
+    "loop": "C6",
+    "cka loop": "C8",
 }
 
 
@@ -244,7 +248,11 @@ def plots(folder: Path, operator: str, results: dict[str, Any]) -> list[Path]:
 
     # Memory per token against N: flat where memory is linear in N.
     plain = [row for row in rows if not row["options"] and row["pass"] == "forward+backward"]
-    plain = [row for row in plain if row["dtype"] == (plain[0]["dtype"] if plain else None)]
+    plain = [
+        row
+        for row in plain
+        if row["dtype"] == plain[0]["dtype"] and row["shape"].get("d") == plain[0]["shape"].get("d")
+    ]
     curves: dict[str, list[tuple[int, float]]] = {}
     for name in names:
         points = sorted(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdfast.benchmarks import harness
+from kdfast.benchmarks import harness, report
 from kdfast.benchmarks.harness import Row
 from kdfast.errors import BackendError
 
@@ -35,7 +35,7 @@ def cases() -> list[Any]:
         for operator in harness.OPERATORS:
             ours = [f"kdfast {x}" for x in harness.backends(operator, device_of(which))]
             for row in harness.operator_module(operator).ROWS[which]:
-                for variant in (*ours, "eager", "compile", "flash"):
+                for variant in (*ours, *report.BASELINES):
                     if variant not in row.without:
                         name = f"{which} {operator} {row.name} {variant}".replace(" ", "-")
                         found.append(pytest.param(which, row, variant, id=name))

@@ -30,6 +30,7 @@ from kdfast.ops import (
     hsic_matrix,
     layer_projection,
     layer_projection_loss,
+    procrustes_distance,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ __all__ = [
     "hsic_matrix",
     "layer_projection",
     "layer_projection_loss",
+    "procrustes_distance",
 ]
 
 

@@ -275,11 +275,12 @@ def _outputs_and_gradients(
     for part in result if isinstance(result, tuple) else (result,):
         outputs += part if isinstance(part, list) else [part]
     # An upstream gradient other than 1, and other for each entry.
+    graded = [x for x in outputs if x.requires_grad]  # a teacher's own terms have none
     upstream = [
         torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape).to(x.dtype)
-        for x in outputs
+        for x in graded
     ]
-    gradients = torch.autograd.grad(outputs, leaves, upstream)
+    gradients = torch.autograd.grad(graded, leaves, upstream)
     return [x.detach() for x in (*outputs, *gradients)]
 
 
@@ -320,15 +321,16 @@ def _cases(operator: str, device: str) -> dict[str, Case]:
             for kind in ("scores", "probabilities")
             for direction in ("forward", "reverse", "js")
         }
-    elif operator in ("hsic", "cka"):
+    elif operator in ("hsic", "cka", "gram_distance", "procrustes_distance"):
         first, second = ("x", "y") if operator == "hsic" else ("x_s", "x_t")
         tensors = {first: normal(2, 40, 16) + 1, second: normal(2, 40, 24)}
-        learned = (first,)
-        options = {
-            f"{kernel}, {estimator}": {"kernel": kernel, "estimator": estimator}
-            for kernel in ("linear", "rbf")
-            for estimator in ("biased", "unbiased")
+        learned, options = (first,), _alignments(operator)
+    elif operator in ("cka_matrix", "hsic_matrix"):
+        tensors = {
+            "layers_s": [normal(2, 40, d) + 1 for d in (16, 24)],
+            "layers_t": [normal(2, 40, d) for d in (16, 8, 24)],
         }
+        learned, options = ("layers_s",), _alignments(operator)
     else:
         layers = {
             "layers_s": [normal(3, 20, 16) for _ in range(2)],
@@ -340,3 +342,15 @@ def _cases(operator: str, device: str) -> dict[str, Case]:
         elif operator == "layer_projection_loss":
             options = {x: {"objective": x, "scale": 0.25} for x in ("mse", "cosine", "kl")}
     return {case: (tensors, learned, chosen) for case, chosen in options.items()}
+
+
+def _alignments(operator: str) -> dict[str, dict[str, Any]]:
+    if operator == "procrustes_distance":
+        return {"": {}}
+    if operator == "gram_distance":
+        return {kernel: {"kernel": kernel} for kernel in ("linear", "rbf")}
+    return {
+        f"{kernel}, {estimator}": {"kernel": kernel, "estimator": estimator}
+        for kernel in ("linear", "rbf")
+        for estimator in ("biased", "unbiased")
+    }

@@ -295,6 +295,7 @@ struct Call {
                         up(width(part.layer), part.end));
         });
 
+        gram_sums();
         struct Chunk {
             int64_t problem, begin, end;
             std::vector<double> inner;
@@ -318,6 +319,21 @@ struct Call {
         }
     }
 
+    void gram_sums() {
+        if (!problem.unbiased) return;
+        struct Item {
+            int64_t layer, problem;
+        };
+        std::vector<Item> items;
+        for (int64_t l = 0; l < problem.layers; l++) {
+            layers[l].sums = work(problem.problems * problem.n);
+            for (int64_t p : busy) items.push_back({l, p});
+        }
+        for_each_item(int64_t(items.size()), 0, [&](int64_t i, char*) {
+            KDFAST_CALL(cka_gram_sums, problem, items[i].layer, items[i].problem);
+        });
+    }
+
     // What turns the inner product of G_i and G_j without centring, or (of linear kernels) of
     // centred features, into the unbiased one; r are the sums of rows, without the diagonal.
     double feature_correction(const Layer& i, const Layer& j, int64_t p, double total_i,
@@ -333,25 +349,31 @@ struct Call {
     void feature_inner(std::vector<double>& inner) {
         find_means();
         find_norms(true);
-        struct Item {
-            int64_t pair, problem, block;
+        // A problem is divided by rows where there are too few for all threads.
+        const int64_t many = int64_t(busy.size());
+        const int64_t parts = many >= 4 * threads || many == 0 ? 1 : up(2 * threads, many);
+        struct Part {
+            int64_t problem, begin, end;
+            char* sums;
         };
-        std::vector<Item> items;
+        std::vector<Part> items;
+        std::vector<std::pair<char*, int64_t>> sums(problem.problems);
+        const int64_t bytes = KDFAST_CALL(cka_feature_bytes, problem);
         for (int64_t p : busy) {
-            for (int64_t k = 0; k < problem.pairs; k++) {
-                const int64_t blocks = KDFAST_CALL(cka_feature_blocks, problem, k);
-                for (int64_t b = 0; b < blocks; b++) items.push_back({k, p, b});
+            const int64_t step = up(up(rows[p].count, parts), 128) * 128;
+            sums[p] = {work(up(rows[p].count, step) * bytes / size), up(rows[p].count, step)};
+            for (int64_t r = 0; r < rows[p].count; r += step) {
+                items.push_back({p, r, std::min(r + step, rows[p].count),
+                                 sums[p].first + r / step * bytes});
             }
         }
-        each(items, FEATURE_BLOCK, [&](const Item& item, char* scratch) {
-            KDFAST_CALL(cka_feature_block, problem, item.pair, item.problem, item.block, scratch);
+        each(items, FEATURE_PART, [&](const Part& part, char* scratch) {
+            KDFAST_CALL(cka_feature_part, problem, part.problem, part.begin, part.end, part.sums,
+                        scratch);
         });
-        std::vector<Item> norms;
-        for (const Item& item : items) {
-            if (item.block == 0) norms.push_back(item);
-        }
-        for_each_item(int64_t(norms.size()), 0, [&](int64_t i, char*) {
-            const auto [k, p, block] = norms[i];
+        for_each_item(many * problem.pairs, 0, [&](int64_t item, char*) {
+            const int64_t p = busy[item / problem.pairs], k = item % problem.pairs;
+            KDFAST_CALL(cka_feature_finish, problem, k, p, sums[p].first, sums[p].second);
             const Pair& pair = pairs[k];
             double* to = inner.data() + 2 * (p * problem.pairs + k);
             to[0] = to[1] = KDFAST_CALL(cka_feature_inner, problem, k, p);
@@ -516,6 +538,7 @@ Tensors backward(const Tensor& grad_inner, const Tensor& unit, const Tensor& mea
         return std::min(item.begin + step, call.rows[item.problem].count);
     };
     if (call.side == GRAM) {
+        call.gram_sums();
         share(GRAM_ROWS);
         call.each(items, GRAM_GRADIENT, [&](const Item& item, char* scratch) {
             const std::size_t other = std::size_t(&item - items.data() + call.threads);

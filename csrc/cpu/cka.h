@@ -21,7 +21,7 @@ struct Layer {
     void* unit;    // Real [problems]
     void* norms;   // Real [problems][n]: squared norms of the centred rows; linear: over the unit
     void* gram;    // Real [problems][n][n], or null
-    void* sums;    // Real [problems][n]: of the rows of G, for rbf; or null
+    void* sums;    // Real [problems][n]: of the rows of G, less its diagonal if unbiased; or null
     char* grad;    // [problems][n][width], or null
 };
 
@@ -63,7 +63,7 @@ enum Work {
     GRAM_PART,
     GRAM_INNER,
     GRAM_GRADIENT,
-    FEATURE_BLOCK,
+    FEATURE_PART,
     FEATURE_GRADIENT,
     TILE_INNER,
     TILE_GRADIENT,
@@ -91,6 +91,8 @@ KDFAST_DECLARE(
                        int64_t end, const cka::Next&, char* sum, char* scratch);
     void cka_gram_finish(const cka::Problem&, int64_t layer, int64_t problem, char* sums,
                          int64_t parts);
+    // The sums of the rows of G without its diagonal, for the unbiased estimator.
+    void cka_gram_sums(const cka::Problem&, int64_t layer, int64_t problem);
     // Over the rows from `begin` to `end`, [pairs][2]: inner products as the estimator asks, and
     // biased ones.
     void cka_gram_inner(const cka::Problem&, int64_t problem, int64_t begin, int64_t end,
@@ -98,10 +100,13 @@ KDFAST_DECLARE(
     void cka_gram_gradient(const cka::Problem&, int64_t layer, int64_t problem, int64_t begin,
                            int64_t end, const cka::Next&, char* scratch);
 
-    // Feature side; needs means and units. Blocks of a product, one of them, and its squared norm.
-    int64_t cka_feature_blocks(const cka::Problem&, int64_t pair);
-    void cka_feature_block(const cka::Problem&, int64_t pair, int64_t problem, int64_t block,
-                           char* scratch);
+    // Feature side; needs means and units. Bytes of the sums of all pairs; sums over the rows from
+    // `begin` to `end`; a product from all sums, which lie one after the other; its squared norm.
+    int64_t cka_feature_bytes(const cka::Problem&);
+    void cka_feature_part(const cka::Problem&, int64_t problem, int64_t begin, int64_t end,
+                          char* sums, char* scratch);
+    void cka_feature_finish(const cka::Problem&, int64_t pair, int64_t problem, char* sums,
+                            int64_t parts);
     double cka_feature_inner(const cka::Problem&, int64_t pair, int64_t problem);
     // The gradient of a layer, of the products with each other one (or null), packed; and of what
     // the unbiased estimator adds to every row.

@@ -90,16 +90,30 @@ struct Columns {
         memset(out + count * stride, 0, (padded - count) * stride * sizeof(Real));
     }
 
+    Vec<Real> vector(const Real* x, int64_t c) const {
+        return ((load<Real>(x + c) - load<Real>(first + c)) - load<Real>(mean + c)) * factor;
+    }
+
     // Rows from `from` on as panels.
     void packed(int64_t from, int64_t count, const Panels<Real>& panels, Real* line,
                 Real* out) const {
+        const bool whole = panels.columns() == columns;
         for (int64_t r = 0; r < count; r++) {
-            row(from + r, panels.columns(), line);
+            const Real* x = segment<Real>(problem, layer, index,
+                                          problem.rows[index].index[from + r], begin, columns, copy);
+            if (!whole) row(from + r, panels.columns(), line);
             for (int64_t p = 0; p < panels.count; p++) {
                 const int64_t at = panels.begin(p), width = panels.width(p);
                 Real* to = out + at * count + r * width;
+                if (whole && width == WIDEST<Real>) {
+#pragma GCC unroll 3
+                    for (int64_t c = 0; c < WIDEST<Real>; c += LANES<Real>) {
+                        store<Real>(to + c, vector(x, at + c));
+                    }
+                    continue;
+                }
                 for (int64_t c = 0; c < width; c += LANES<Real>) {
-                    store<Real>(to + c, load<Real>(line + at + c));
+                    store<Real>(to + c, whole ? vector(x, at + c) : load<Real>(line + at + c));
                 }
             }
         }
@@ -221,7 +235,7 @@ template <class Real>
 static int64_t gram_part_scratch(const Problem& problem) {
     // Fewer valid rows have longer chunks.
     const int64_t largest = most(padded(problem.n) * chunk_of<Real>(problem.n),
-                                 CHUNK_BYTES / int64_t(sizeof(Real)) + 24 * LONGEST_CHUNK);
+                                 CHUNK_BYTES / int64_t(sizeof(Real)) + 48 * LONGEST_CHUNK);
     Memory<Real> memory{nullptr};
     memory.take(largest), memory.take(largest);
     memory.take(Columns<Real>::buffer_size(LONGEST_CHUNK)), memory.take(2 * LONGEST_CHUNK);
@@ -266,8 +280,30 @@ static void gram_part(const Problem& problem, int64_t l, int64_t index, int64_t 
             ahead = ahead_of(problem, next.layer, next.problem, next.begin,
                              least(length, next.end - next.begin));
         }
-        multiply<Real>(rows, depth, 1, n, packed, panels, depth, sum, stride, column == begin, true,
+        multiply<Real>(Left<Real>::by_rows(rows, depth), n, packed, panels, depth, sum, stride, column == begin, true,
                        &ahead);
+    }
+}
+
+// The lower triangle of a symmetric matrix [n][stride] from the upper one, by blocks where they are
+// whole.
+template <class Real>
+static void mirror(Real* matrix, int64_t n, int64_t stride) {
+    constexpr int64_t lanes = LANES<Real>;
+    for (int64_t r = 0; r < n; r += lanes) {
+        const int64_t beside = r + lanes, whole = beside < n ? (n - beside) / lanes * lanes : 0;
+        if (whole > 0) {
+            transpose<Real>(matrix + r * stride + beside, stride, whole,
+                            matrix + beside * stride + r, stride);
+        }
+        for (int64_t i = r; i < least(beside, n); i++) {
+            for (int64_t c = i + 1; c < least(beside, n); c++) {
+                matrix[c * stride + i] = matrix[i * stride + c];
+            }
+            for (int64_t c = beside + whole; c < n; c++) {
+                matrix[c * stride + i] = matrix[i * stride + c];
+            }
+        }
     }
 }
 
@@ -288,24 +324,7 @@ static void gram_finish(const Problem& problem, int64_t l, int64_t index, Real* 
     for (int64_t r = 0; r < n; r++) {
         for (int64_t c = r; c < n; c++) gram[r * stride + c] = sums[r * width + c] * factor;
     }
-    // The other triangle, by blocks where they are whole.
-    constexpr int64_t lanes = LANES<Real>;
-    for (int64_t r = 0; r < n; r += lanes) {
-        const int64_t rows = least(lanes, n - r);
-        const int64_t beside = r + lanes, whole = rows == lanes ? (n - beside) / lanes * lanes : 0;
-        if (whole > 0) {
-            transpose<Real>(gram + r * stride + beside, stride, whole, gram + beside * stride + r,
-                            stride);
-        }
-        for (int64_t i = r; i < r + rows; i++) {
-            for (int64_t c = i + 1; c < least(beside, n); c++) {
-                gram[c * stride + i] = gram[i * stride + c];
-            }
-            for (int64_t c = beside + most(whole, 0); c < n; c++) {
-                gram[c * stride + i] = gram[i * stride + c];
-            }
-        }
-    }
+    mirror<Real>(gram, n, stride);
     for (int64_t r = 0; r < stride && n < stride; r++) {
         const int64_t from = r < n ? n : 0;
         memset(gram + r * stride + from, 0, (stride - from) * sizeof(Real));
@@ -328,12 +347,9 @@ struct Centring {
         // The sums of the rows of G, less its diagonal where that does not take part.
         for (int64_t a = 0; a < n; a++) {
             double sum;
-            if (problem.rbf) {
+            if (layer.sums != nullptr) {
                 sum = double(of_problem<Real>(layer.sums, index, problem.n)[a]);
-            } else if (layer.gram != nullptr) {
-                sum = -double(of_problem<Real>(layer.gram, index, problem.n * problem.n)
-                                  [a * problem.n + a]);
-            } else {
+            } else {  // centred rows add up to 0, with the diagonal
                 sum = -double(of_problem<Real>(layer.norms, index, problem.n)[a]);
             }
             total += sum;
@@ -342,6 +358,19 @@ struct Centring {
         q = Real(total / (problem.unbiased ? double(n - 1) * double(n - 2) : double(n) * double(n)));
     }
 };
+
+// The sums of the rows of G without its diagonal.
+template <class Real>
+static void gram_sums(const Problem& problem, int64_t l, int64_t index) {
+    const int64_t n = problem.rows[index].count, stride = problem.n;
+    const Real* gram = of_problem<Real>(problem.layer[l].gram, index, stride * stride);
+    Real* sums = of_problem<Real>(problem.layer[l].sums, index, stride);
+    for (int64_t a = 0; a < n; a++) {
+        double sum = 0;
+        for (int64_t b = 0; b < n; b++) sum += b == a ? 0 : double(gram[a * stride + b]);
+        sums[a] = Real(sum);
+    }
+}
 
 template <class Real>
 static int64_t gram_inner_scratch(const Problem& problem) {
@@ -489,7 +518,7 @@ static void gram_gradient(const Problem& problem, int64_t l, int64_t index, int6
                 ahead = ahead_of(problem, next.layer, next.problem, 0,
                                  least(GROUP, problem.layer[next.layer].width));
             }
-            multiply<Real>(m + k, n, 1, rows, packed, panels, depth, sum, panels.columns(), k == 0,
+            multiply<Real>(Left<Real>::by_rows(m + k, n), rows, packed, panels, depth, sum, panels.columns(), k == 0,
                            false, &ahead);
         }
         for (int64_t r = 0; r < rows; r++) {
@@ -501,65 +530,95 @@ static void gram_gradient(const Problem& problem, int64_t l, int64_t index, int6
 
 // Feature side
 
-constexpr int64_t BLOCK = 384;  // rows and columns of a product that are made at once
-constexpr int64_t SLICE = 128;  // rows of the features that are packed for it
+constexpr int64_t SLICE = 128;  // rows of all layers that are packed at once
 
-static int64_t blocks_of(int64_t width) {
-    return (width + BLOCK - 1) / BLOCK;
+template <class Real>
+static int64_t wide(int64_t columns) {
+    return round_up(columns, WIDEST<Real>);
+}
+
+// Numbers of a product, padded.
+template <class Real>
+static int64_t product_size(const Problem& problem, const Pair& pair) {
+    return padded(problem.layer[pair.i].width) * wide<Real>(problem.layer[pair.j].width);
 }
 
 template <class Real>
-static int64_t feature_block_scratch(const Problem&) {
+static int64_t feature_bytes(const Problem& problem) {
+    int64_t size = 0;
+    for (int64_t k = 0; k < problem.pairs; k++) size += product_size<Real>(problem, problem.pair[k]);
+    return size * int64_t(sizeof(Real));
+}
+
+template <class Real>
+static int64_t feature_part_scratch(const Problem& problem) {
     Memory<Real> memory{nullptr};
-    memory.take(2 * Columns<Real>::buffer_size(BLOCK)), memory.take(BLOCK);
-    memory.take(2 * SLICE * BLOCK);
-    memory.take(BLOCK * BLOCK);
+    for (int64_t l = 0; l < problem.layers; l++) {
+        const int64_t width = wide<Real>(problem.layer[l].width);
+        memory.take(Columns<Real>::buffer_size(width));
+        memory.take(SLICE * wide<Real>(padded(width)));
+        memory.take(width);
+    }
     return memory.size;
 }
 
+// sums = the products of all pairs over some rows, padded, one after the other.
 template <class Real>
-static void feature_block(const Problem& problem, int64_t k, int64_t index, int64_t block,
-                          char* scratch) {
-    const Pair& pair = problem.pair[k];
-    const int64_t width_i = problem.layer[pair.i].width, width_j = problem.layer[pair.j].width;
-    int64_t row = 0, column = block;  // of a layer with itself only blocks with column >= row
-    for (int64_t left = blocks_of(width_j); column >= left;) {
-        column -= left;
-        row++;
-        if (pair.i == pair.j) left--;
-    }
-    if (pair.i == pair.j) column += row;
-    row *= BLOCK, column *= BLOCK;
-    const bool diagonal = pair.i == pair.j && row == column;
-    const int64_t n = problem.rows[index].count;
-    const int64_t height = least(BLOCK, width_i - row), width = least(BLOCK, width_j - column);
-    const int64_t stride = padded(height);
-    const Panels<Real> panels(width);
-    Memory<Real> memory{scratch};
-    Real *buffer_i = memory.take(Columns<Real>::buffer_size(BLOCK));
-    Real *buffer_j = memory.take(Columns<Real>::buffer_size(BLOCK)), *line = memory.take(BLOCK);
-    Real *rows = memory.take(SLICE * BLOCK), *packed = memory.take(SLICE * BLOCK);
-    Real* sum = memory.take(BLOCK * BLOCK);
-    const Columns<Real> x(problem, pair.i, index, row, height,
-                          root_factor<Real>(problem, pair.i, index), buffer_i);
-    const Columns<Real> y(problem, pair.j, index, column, width,
-                          root_factor<Real>(problem, pair.j, index), buffer_j);
-    for (int64_t a = 0; a < n; a += SLICE) {
-        const int64_t depth = least(SLICE, n - a);
-        x.rows(a, depth, depth, stride, rows);
-        y.packed(a, depth, panels, line, packed);
-        multiply<Real>(rows, 1, stride, height, packed, panels, depth, sum, panels.columns(), a == 0,
-                       diagonal);
-    }
-    Real* product = of_problem<Real>(pair.product, index, width_i * width_j);
-    for (int64_t r = 0; r < height; r++) {
-        const Real* from = sum + r * panels.columns();
-        Real* to = product + (row + r) * width_j + column;
-        for (int64_t c = diagonal ? r : 0; c < width; c++) to[c] = from[c];
-        for (int64_t c = diagonal ? r + 1 : 0; c < width && pair.i == pair.j; c++) {
-            product[(column + c) * width_j + row + r] = from[c];
+static void feature_part(const Problem& problem, int64_t index, int64_t begin, int64_t end,
+                         Real* sums, char* scratch) {
+    for (int64_t a = begin; a < end; a += SLICE) {
+        const int64_t depth = least(SLICE, end - a);
+        // Each layer is packed once, and serves as either operand.
+        Memory<Real> memory{scratch};
+        const auto packed = [&](int64_t l) {
+            int64_t before = 0;
+            for (int64_t i = 0; i < l; i++) {
+                before += SLICE * wide<Real>(padded(wide<Real>(problem.layer[i].width)));
+            }
+            return reinterpret_cast<Real*>(scratch) + before;
+        };
+        memory.size = (packed(problem.layers) - packed(0)) * int64_t(sizeof(Real));
+        const int64_t rest = memory.size;
+        for (int64_t l = 0; l < problem.layers; l++) {
+            memory.size = rest;
+            const int64_t width = problem.layer[l].width;
+            Real* buffer = memory.take(Columns<Real>::buffer_size(width));
+            const Columns<Real> x(problem, l, index, 0, width,
+                                  root_factor<Real>(problem, l, index), buffer);
+            x.packed(a, depth, Panels<Real>(wide<Real>(width)), memory.take(wide<Real>(width)),
+                     packed(l));
+        }
+        Real* sum = sums;
+        for (int64_t k = 0; k < problem.pairs; k++) {
+            const Pair& pair = problem.pair[k];
+            const int64_t columns = wide<Real>(problem.layer[pair.j].width);
+            multiply<Real>(Left<Real>::by_panels(packed(pair.i), depth),
+                           problem.layer[pair.i].width, packed(pair.j), Panels<Real>(columns),
+                           depth, sum, columns, a == begin, pair.i == pair.j);
+            sum += product_size<Real>(problem, pair);
         }
     }
+}
+
+// A product from several sums, which lie `step` numbers apart.
+template <class Real>
+static void feature_finish(const Problem& problem, int64_t k, int64_t index, Real* sums,
+                           int64_t parts, int64_t step) {
+    const Pair& pair = problem.pair[k];
+    for (int64_t before = 0; before < k; before++) {
+        sums += product_size<Real>(problem, problem.pair[before]);
+    }
+    const int64_t rows = problem.layer[pair.i].width, columns = problem.layer[pair.j].width;
+    const int64_t stride = wide<Real>(columns);
+    for (int64_t part = 1; part < parts; part++) {
+        for (int64_t i = 0; i < rows * stride; i++) sums[i] += sums[part * step + i];
+    }
+    Real* product = of_problem<Real>(pair.product, index, rows * columns);
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t from = pair.i == pair.j ? r : 0;
+        for (int64_t c = from; c < columns; c++) product[r * columns + c] = sums[r * stride + c];
+    }
+    if (pair.i == pair.j) mirror<Real>(product, rows, columns);
 }
 
 // B = c_ij X_j^T X_i [width of j, padded][panels of the width of i], over the roots of the units.
@@ -659,7 +718,7 @@ static void feature_gradient(const Problem& problem, int64_t l, int64_t index, i
         const Columns<Real> columns(problem, j, index, 0, width,
                                     root_factor<Real>(problem, j, index), buffer);
         columns.rows(begin, rows, padded(rows), depth, x);
-        multiply<Real>(x, depth, 1, rows, reinterpret_cast<const Real*>(packed[j]), panels, depth,
+        multiply<Real>(Left<Real>::by_rows(x, depth), rows, reinterpret_cast<const Real*>(packed[j]), panels, depth,
                        sum, panels.columns(), first);
         first = false;
     }
@@ -725,7 +784,7 @@ struct Rbf {
     }
 };
 
-constexpr int64_t SQUARE = (TILE + 23) / 24 * 24 * TILE;  // numbers of a tile, with its padding
+constexpr int64_t SQUARE = (TILE + 47) / 48 * 48 * TILE;  // numbers of a tile, with its padding
 constexpr int64_t ACROSS = 256;  // columns of the features that are multiplied at once
 
 template <class Real>
@@ -754,7 +813,7 @@ static void tile_of(const Problem& problem, int64_t l, int64_t index, int64_t i0
         x.rows(i0, ni, padded(ni), depth, left);
         if (i0 != j0) x.rows(j0, nj, padded(nj), depth, right);
         pack_transposed<Real>(i0 == j0 ? left : right, depth, depth, panels, packed);
-        multiply<Real>(left, depth, 1, ni, packed, panels, depth, out, TILE, column == 0);
+        multiply<Real>(Left<Real>::by_rows(left, depth), ni, packed, panels, depth, out, TILE, column == 0);
     }
     if (!problem.rbf) return;
     const Rbf<Real> kernel(problem, l, index);
@@ -893,7 +952,7 @@ static void tile_gradient(const Problem& problem, int64_t index, int64_t i, char
                 const Panels<Real> panels(columns);
                 const Columns<Real> x(problem, l, index, column, columns, Real(1), around);
                 x.packed(j0, nj, panels, line, packed);
-                multiply<Real>(m, TILE, 1, ni, packed, panels, nj, wanted[w].sum + column, stride,
+                multiply<Real>(Left<Real>::by_rows(m, TILE), ni, packed, panels, nj, wanted[w].sum + column, stride,
                                j0 == 0);
             }
         }
@@ -952,8 +1011,8 @@ int64_t cka_scratch(const Problem& problem, Work work) {
             return BY_DTYPE(gram_inner_scratch, problem);
         case GRAM_GRADIENT:
             return BY_DTYPE(gram_gradient_scratch, problem);
-        case FEATURE_BLOCK:
-            return BY_DTYPE(feature_block_scratch, problem);
+        case FEATURE_PART:
+            return BY_DTYPE(feature_part_scratch, problem);
         case FEATURE_GRADIENT:
             return BY_DTYPE(feature_gradient_scratch, problem);
         case TILE_INNER:
@@ -998,6 +1057,10 @@ void cka_gram_finish(const Problem& problem, int64_t l, int64_t index, char* sum
     }
 }
 
+void cka_gram_sums(const Problem& problem, int64_t l, int64_t index) {
+    BY_DTYPE(gram_sums, problem, l, index);
+}
+
 void cka_gram_inner(const Problem& problem, int64_t index, int64_t begin, int64_t end,
                     double* inner, char* scratch) {
     BY_DTYPE(gram_inner, problem, index, begin, end, inner, scratch);
@@ -1008,16 +1071,28 @@ void cka_gram_gradient(const Problem& problem, int64_t l, int64_t index, int64_t
     BY_DTYPE(gram_gradient, problem, l, index, begin, end, next, scratch);
 }
 
-int64_t cka_feature_blocks(const Problem& problem, int64_t k) {
-    const Pair& pair = problem.pair[k];
-    const int64_t rows = blocks_of(problem.layer[pair.i].width);
-    const int64_t columns = blocks_of(problem.layer[pair.j].width);
-    return pair.i == pair.j ? rows * (rows + 1) / 2 : rows * columns;
+int64_t cka_feature_bytes(const Problem& problem) {
+    return BY_DTYPE(feature_bytes, problem);
 }
 
-void cka_feature_block(const Problem& problem, int64_t k, int64_t index, int64_t block,
-                       char* scratch) {
-    BY_DTYPE(feature_block, problem, k, index, block, scratch);
+void cka_feature_part(const Problem& problem, int64_t index, int64_t begin, int64_t end, char* sums,
+                      char* scratch) {
+    if (problem.storage == F64) {
+        feature_part<double>(problem, index, begin, end, TYPED(double, sums), scratch);
+    } else {
+        feature_part<float>(problem, index, begin, end, TYPED(float, sums), scratch);
+    }
+}
+
+void cka_feature_finish(const Problem& problem, int64_t k, int64_t index, char* sums,
+                        int64_t parts) {
+    if (problem.storage == F64) {
+        feature_finish<double>(problem, k, index, TYPED(double, sums), parts,
+                               feature_bytes<double>(problem) / 8);
+    } else {
+        feature_finish<float>(problem, k, index, TYPED(float, sums), parts,
+                              feature_bytes<float>(problem) / 4);
+    }
 }
 
 double cka_feature_inner(const Problem& problem, int64_t k, int64_t index) {

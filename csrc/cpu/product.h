@@ -12,15 +12,39 @@ namespace KDFAST_ISA {
 namespace {
 
 // How many rows of `vectors` accumulators fill the registers.
+template <class Real>
 constexpr int rows_of(int vectors) {
-    return (REGISTERS == 32 && VECTOR_BYTES == 64 ? 24 : 12) / vectors;
+    return (LANES<Real> == 2 ? 6 : VECTOR_BYTES == 64 ? 24 : 12) / vectors;
 }
 
+// Columns of a panel of three vectors: a multiple of every number of rows.
+template <class Real>
+constexpr int64_t WIDEST = 3 * LANES<Real>;
+
 static inline int64_t padded(int64_t rows) {
-    return round_up(rows, 24);
+    return round_up(rows, 48);
 }
 
 constexpr int64_t DEPTH = 256;  // of a panel that stays in the first cache
+
+// Where the left operand's numbers lie.
+template <class Real>
+struct Left {
+    const Real* start;
+    int64_t block, row, step;  // from WIDEST rows to the next, from row to row, along the depth
+
+    // A matrix [rows][stride].
+    static Left by_rows(const Real* start, int64_t stride) {
+        return {start, WIDEST<Real> * stride, stride, 1};
+    }
+    // Panels, all of them three vectors wide.
+    static Left by_panels(const Real* start, int64_t depth) {
+        return {start, WIDEST<Real> * depth, 1, WIDEST<Real>};
+    }
+    const Real* at(int64_t r, int64_t k) const {
+        return start + r / WIDEST<Real> * block + r % WIDEST<Real> * row + k * step;
+    }
+};
 
 // Panels are three vectors wide, the last ones two where that leaves less over.
 template <class Real>
@@ -65,11 +89,11 @@ struct Ahead {
     }
 };
 
-// c [rows_of(V)][V vectors] += a x b, or =; a(r, k) = a[r * a_r + k * a_k].
+// c [rows_of<Real>(V)][V vectors] += a x b, or =; a(r, k) = a[r * a_r + k * a_k].
 template <class Real, int V>
 static NOINLINE void multiply_panel(const Real* a, int64_t a_r, int64_t a_k, const Real* b,
                                     int64_t depth, Real* c, int64_t stride, bool first) {
-    constexpr int lanes = LANES<Real>, R = rows_of(V);
+    constexpr int lanes = LANES<Real>, R = rows_of<Real>(V);
     Vec<Real> sum[R][V] = {};
 #pragma GCC unroll 4
     for (int64_t k = 0; k < depth; k++, a += a_k, b += V * lanes) {
@@ -99,9 +123,9 @@ static NOINLINE void multiply_panel(const Real* a, int64_t a_r, int64_t a_k, con
 // c [rows, padded][stride] += a x b, or = where `first`; b in panels of `depth`. Where `upper`, what
 // lies below the diagonal is not needed (and only partly made).
 template <class Real>
-static void multiply(const Real* a, int64_t a_r, int64_t a_k, int64_t rows, const Real* b,
-                     const Panels<Real>& panels, int64_t depth, Real* c, int64_t stride, bool first,
-                     bool upper = false, Ahead* ahead = nullptr) {
+static void multiply(const Left<Real>& a, int64_t rows, const Real* b, const Panels<Real>& panels,
+                     int64_t depth, Real* c, int64_t stride, bool first, bool upper = false,
+                     Ahead* ahead = nullptr) {
     if (ahead != nullptr) {
         const int64_t tiles = rows * panels.columns() / (12 * LANES<Real>) / (upper ? 2 : 1);
         ahead->within(tiles * ((depth + DEPTH - 1) / DEPTH));
@@ -116,9 +140,9 @@ static void multiply(const Real* a, int64_t a_r, int64_t a_k, int64_t rows, cons
             const auto function = vectors == 3   ? multiply_panel<Real, 3>
                                   : vectors == 2 ? multiply_panel<Real, 2>
                                                  : multiply_panel<Real, 1>;
-            for (int64_t r = 0; r < end; r += rows_of(vectors)) {
+            for (int64_t r = 0; r < end; r += rows_of<Real>(vectors)) {
                 if (ahead != nullptr) ahead->fetch();
-                function(a + r * a_r + k * a_k, a_r, a_k, panel, now, c + r * stride + begin, stride,
+                function(a.at(r, k), a.row, a.step, panel, now, c + r * stride + begin, stride,
                          first && k == 0);
             }
         }

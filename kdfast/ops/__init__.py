@@ -13,6 +13,7 @@ from kdfast.ops.cka import (
 )
 from kdfast.ops.dispatch import explain
 from kdfast.ops.layer_projection import layer_projection, layer_projection_loss
+from kdfast.ops.procrustes import procrustes_distance
 
 __all__ = [
     "CKATeacher",
@@ -27,4 +28,5 @@ __all__ = [
     "hsic_matrix",
     "layer_projection",
     "layer_projection_loss",
+    "procrustes_distance",
 ]

@@ -306,7 +306,8 @@ class MinibatchCKA:
         """
         if self._sums is None:
             raise RuntimeError("MinibatchCKA.compute: no batch yet; call update first")
-        return _ratio(*self._sums)
+        cross, own_s, own_t = self._sums
+        return _ratio(cross, own_s.unsqueeze(-1), own_t)
 
     def reset(self) -> None:
         """Forget all batches."""
@@ -523,12 +524,12 @@ def _check_bandwidth(op: str, kernel: str, bandwidth: Any) -> Bandwidth:
 #                rows. Of a layer with itself it is exactly 0 where it vanishes up to rounding: not
 #                above 2 eps n' times the sum of squares that it is a difference of.
 #                unit [layers, P].
-#                means: of each layer's valid rows [P, d], flat, one layer after the other.
-#                kept, flat: by side, "gram" the double-centred G [layers, P, n, n], "feature" the
-#                products X_i^T X_j [P, d_i, d_j] of centred features of each pair, one after the
-#                other, "tiles" the sums [layers, P, n] of the rows of G (rbf), their diagonal
-#                (linear). Rows and columns that are dropped hold 0.
-#                Without `keep`, means and kept are empty.
+#                means [P, d] of each layer, flat, one layer after the other, and kept: what a
+#                backend's own backward needs, in its own form and of this size; both empty without
+#                `keep`. kept is, by side, "gram" the double-centred G [layers, P, n, n], "feature"
+#                the products X_i^T X_j [P, d_i, d_j] of centred features of each pair, one after
+#                the other, "tiles" the sums [layers, P, n] of the rows of G (rbf), or their
+#                diagonal (linear), up to units and the order of rows.
 #   backward  grad_inner [pairs, P], of any strides -> the gradients of the layers `wanted`, in the
 #             dtype of the features, contiguous, units held constant. 0 in rows that are dropped,
 #             and in problems with too few.
@@ -784,6 +785,34 @@ def _normaliser(n: int, mask: Tensor | None, estimator: str, dtype: torch.dtype)
     return factor.clamp(min=1).to(dtype).reciprocal()
 
 
+def _refused_by_cuda(operator: str, arguments: dict[str, Any]) -> str | None:
+    """What csrc/cuda, which keeps a problem's Gram matrices on chip, leaves to triton."""
+    layers_s, layers_t = (x if isinstance(x, list) else [x] for x in list(arguments.values())[:2])
+    layers = [*layers_s, *layers_t]
+    first, n, many = layers[0], layers[0].shape[-2], len(layers_s)
+    if first.dtype not in (torch.bfloat16, torch.float16):
+        return f"{first.dtype} is not bfloat16 or float16"
+    if arguments["kernel"] != "linear":
+        return "kernel='rbf' is left to triton"
+    if n > 128:
+        return f"there are {n} rows, more than 128"
+    if first.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(first.device)
+        if major < 8:
+            return (
+                f"{first.device} has compute capability {major}.{minor}; cuda serves 8.0 and later"
+            )
+    cross = [(i, many + i) for i in range(many)]
+    if operator.endswith("matrix"):
+        cross = [(i, many + j) for i in range(many) for j in range(len(layers_t))]
+    own = [] if operator == "hsic" else [(i, i) for i in range(len(layers))]
+    pairs = [i for pair in (*cross, *own) for i in pair]
+    widths = [x.shape[-1] for x in layers]
+    if side_for("cuda", math.prod(first.shape[:-2]), n, widths, pairs, "linear") == "feature":
+        return f"{n} rows of width {max(widths)} are cheaper by d x d products, left to triton"
+    return None
+
+
 def _kernel(operator: str, backend: str) -> dispatch.Kernel:
     def load() -> Callable[..., Any]:
         library.load(backend, "cka", ["cka_forward", "cka_backward"])
@@ -794,7 +823,10 @@ def _kernel(operator: str, backend: str) -> dispatch.Kernel:
 
     def refuses(**arguments: Any) -> str | None:
         first = next(iter(arguments.values()))
-        return library.refuses(backend, first[0] if isinstance(first, list) else first)
+        reason = library.refuses(backend, first[0] if isinstance(first, list) else first)
+        if reason is None and backend == "cuda":
+            reason = _refused_by_cuda(operator, arguments)
+        return reason
 
     return dispatch.Kernel(load, refuses)
 

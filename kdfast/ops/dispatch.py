@@ -243,6 +243,7 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("cka_matrix", "reference"): _reference("cka_matrix"),
     ("gram_distance", "reference"): _reference("gram_distance"),
     ("hsic_matrix", "reference"): _reference("hsic_matrix"),
+    ("procrustes_distance", "reference"): _reference("procrustes_distance"),
     ("layer_projection", "reference"): _reference("layer_projection"),
     ("layer_projection_loss", "reference"): _reference("layer_projection_loss"),
 }

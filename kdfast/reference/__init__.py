@@ -9,6 +9,7 @@ from kdfast.reference.attention_kl import attention_kl
 from kdfast.reference.attention_map_kl import attention_map_kl
 from kdfast.reference.cka import cka, cka_matrix, gram_distance, hsic, hsic_matrix
 from kdfast.reference.layer_projection import layer_projection, layer_projection_loss
+from kdfast.reference.procrustes import procrustes_distance
 
 __all__ = [
     "attention_kl",
@@ -20,4 +21,5 @@ __all__ = [
     "hsic_matrix",
     "layer_projection",
     "layer_projection_loss",
+    "procrustes_distance",
 ]

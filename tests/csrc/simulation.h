@@ -9,6 +9,7 @@
 #pragma once
 
 #define KDFAST_HOPPER_CUH
+#define KDFAST_AMPERE_CUH
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -78,6 +79,12 @@ inline std::vector<Barrier> warp_barriers;
 inline std::vector<std::vector<uint64_t>> slots;  // of the lanes of each warp
 inline int any, any_of_last;
 inline std::vector<std::vector<std::unique_ptr<std::vector<uint32_t>>>> operands;  // of each warp
+// What the lanes of a warp put down for one operation: six registers, or an address.
+using Registers = uint32_t[32][6];
+struct Exchange {
+  Registers of[2];  // of operations of even and of odd number
+};
+inline std::vector<Exchange> exchanges;  // of each warp
 inline std::vector<char> shared;
 constexpr uint32_t SHARED_BASE = 4112;  // not a multiple of 1024
 inline std::function<void()> body;
@@ -125,6 +132,7 @@ inline void run_block(int threads, size_t shared_bytes, std::function<void()> ke
   slots.assign(threads / 32, std::vector<uint64_t>(32));
   operands.clear();
   operands.resize(threads / 32);
+  exchanges.assign(threads / 32, Exchange());
   any = 0;
   while (int(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
   for (int i = 0; i < threads; ++i) {
@@ -165,6 +173,15 @@ inline void run_block(int threads, size_t shared_bytes, std::function<void()> ke
 }
 
 inline Barrier& warp_barrier() { return warp_barriers[current / 32]; }
+
+// The registers of all lanes, once all have put down theirs. A lane is at most one operation ahead
+// of another, so that those of two operations suffice.
+inline const Registers& exchange(std::initializer_list<uint32_t> mine) {
+  Registers& all = exchanges[current / 32].of[fibers[current]->warp_operations++ % 2];
+  std::copy(mine.begin(), mine.end(), all[current % 32]);
+  wait(warp_barrier(), 32);
+  return all;
+}
 
 inline float number(uint32_t address, bool half) {
   // The pattern of the 128-byte swizzle, on the address as a whole.
@@ -407,3 +424,53 @@ uint32_t pack(float low, float high) {
 }
 
 }  // namespace kdfast::hopper
+
+namespace kdfast::ampere {
+
+template <int PENDING>
+void copies_wait() {
+  hopper::land<PENDING>();
+}
+
+// Figure "ldmatrix fragment layout": row r of matrix m is at the address of lane 8 m + r; lane l
+// gets numbers 2 (l % 4) and the next of row l / 4, of the transpose if asked for.
+inline void load(uint32_t (&x)[4], uint32_t row, bool transposed) {
+  using namespace simulation;
+  if (row % 16) fail("a row of a matrix is not aligned");
+  if (row - SHARED_BASE + 16 > shared.size()) fail("a matrix past the end of shared memory");
+  const Registers& rows = exchange({row});
+  const int lane = current % 32;
+  for (int m = 0; m < 4; ++m) {
+    uint16_t both[2];
+    for (int i = 0; i < 2; ++i) {
+      const int r = lane / 4, c = lane % 4 * 2 + i;
+      const uint32_t from = rows[8 * m + (transposed ? c : r)][0] + (transposed ? r : c) * 2;
+      std::memcpy(&both[i], shared.data() + (from - SHARED_BASE), 2);
+    }
+    x[m] = both[0] | uint32_t(both[1]) << 16;
+  }
+}
+inline void load_matrices(uint32_t (&x)[4], uint32_t row) { load(x, row, false); }
+inline void load_transposed(uint32_t (&x)[4], uint32_t row) { load(x, row, true); }
+
+// Figures "m16n8k16 fragment layout" of A, B and C for .f16 and .bf16.
+template <typename T>
+void multiply_add(float* z, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using namespace simulation;
+  constexpr bool HALF = std::is_same_v<T, __half>;
+  const Registers& all = exchange({a[0], a[1], a[2], a[3], b0, b1});
+  const int group = current % 32 / 4, within = current % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = group + (i >= 2 ? 8 : 0), column = within * 2 + (i & 1);
+    float sum = 0.f;
+    for (int k = 0; k < 16; ++k) {
+      const int register_a = (row >= 8 ? 1 : 0) + (k >= 8 ? 2 : 0), register_b = k >= 8 ? 5 : 4;
+      const int holder = k % 8 / 2;
+      sum += low_or_high(all[row % 8 * 4 + holder][register_a], k & 1, HALF) *
+             low_or_high(all[column * 4 + holder][register_b], k & 1, HALF);
+    }
+    z[i] += sum;
+  }
+}
+
+}  // namespace kdfast::ampere

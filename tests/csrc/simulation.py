@@ -13,7 +13,9 @@ import torch
 from kdfast.ops import dispatch, library
 
 ROOT = Path(__file__).parents[2]
-OPERATORS = ("attention_kl", "attention_map_kl")
+OPERATORS = ("attention_kl", "attention_map_kl", "cka")
+# Those of kdfast.ops that a source serves, where they are others.
+SERVED = {"cka": ("hsic", "hsic_matrix", "cka", "cka_matrix", "gram_distance")}
 with mock.patch("setuptools.setup"):  # its functions, without its work
     BUILD = runpy.run_path(str(ROOT / "setup.py"))
 nvcc = BUILD["nvcc"]
@@ -30,6 +32,7 @@ LAUNCHES = """
 template <typename Kernel>
 void simulate(dim3 grid, int threads, size_t bytes, Kernel kernel) {
   gridDim = {grid.x, grid.y, grid.z};
+  simulation::EARLY_COPIES = simulation::EARLY_PRODUCTS = !std::getenv("KDFAST_SIMULATE_LATE");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) simulation::fail("an empty grid");
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
@@ -47,7 +50,10 @@ ASIDE = (  # what only a GPU can answer
     (r"STD_CUDA_KERNEL_LAUNCH_CHECK\(\);", ""),
     (r"TORCH_ERROR_CODE_CHECK\(aoti_torch_get_current_cuda_stream\(.*?\)\);", ""),
     (r"const torch::stable::accelerator::DeviceGuard.*?;", ""),
-    (r"extern __shared__ char raw\[\];", "char* raw = simulation::shared.data();"),
+    (
+        r"extern __shared__ (__align__\(\d+\) )?char raw\[\];",
+        "char* raw = simulation::shared.data();",
+    ),
     (r"\.is_cuda\(\)", ".is_cpu()"),
     (r"\(kdfast, CUDA, m\)", "(kdfast, CPU, m)"),
 )
@@ -64,10 +70,10 @@ def rewritten(source: Path) -> str:
         text = re.sub(pattern, replacement, text, flags=re.DOTALL)
     text = re.sub(r"(\w+(?:<\w+>)?)<<<(.*?)>>>\((.*?)\);", launch, text, flags=re.DOTALL)
     # The headers of an operator lie where they are, entry.h beside this file.
-    return text.replace('#include "attention_', '#include "cuda/attention_')
+    return re.sub(r'#include "(?=attention_|cka_)', '#include "cuda/', text)
 
 
-def load(folder: Path) -> None:
+def load(folder: Path, operators: tuple[str, ...] = OPERATORS) -> None:
     include, libraries = BUILD["torch_paths"]()
     (folder / "entry.h").write_text(rewritten(ROOT / "csrc" / "cuda" / "entry.h"))
 
@@ -83,13 +89,13 @@ def load(folder: Path) -> None:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        for target in pool.map(build, OPERATORS):
+        for target in pool.map(build, operators):
             torch.ops.load_library(str(target))
 
 
 def serve(monkeypatch) -> None:
     """Makes backend="cuda" take tensors of the CPU, for one test."""
-    for operator in OPERATORS:
+    for operator in (name for key in OPERATORS for name in SERVED.get(key, (key,))):
         monkeypatch.setattr(dispatch.KERNELS[operator, "cuda"], "_outcome", None)
     monkeypatch.setattr(library, "load", lambda *_: None)
     monkeypatch.setattr(library, "has_sm_90a", lambda: True)

@@ -6,7 +6,8 @@ import os
 import pytest
 import torch
 
-from kdfast.ops import attention_kl, attention_map_kl, dispatch
+from kdfast import reference
+from kdfast.ops import attention_kl, attention_map_kl, cka, cka_matrix, dispatch
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16)
@@ -17,7 +18,8 @@ directions = pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.fixture(autouse=True)
 def library(request):
     """Tests of an operator are skipped, saying why, where its library or GPU is missing."""
-    operator = "attention_map_kl" if "map" in request.node.name else "attention_kl"
+    name = request.node.name
+    operator = "cka" if "cka" in name else "attention_map_kl" if "map" in name else "attention_kl"
     reason = next(x.reason for x in dispatch.explain(operator) if x.backend == "cuda")
     if not reason and operator == "attention_kl" and torch.cuda.get_device_capability() != (9, 0):
         reason = "attention_kl needs compute capability 9.0"
@@ -400,3 +402,136 @@ def test_map_captured_in_a_cuda_graph():
         both[0].normal_()
     graph.replay()
     assert torch.equal(captured[0], step()[0])
+
+
+# CKA: sides "tiles" (many problems) and "gram" (few, or all layer pairs)
+
+
+def layers(problems, n, widths, dtype, mean=0.0):
+    shared = torch.randn(problems, n, 5, device="cuda")
+    made = []
+    for d in widths:
+        x = shared @ torch.randn(5, d, device="cuda") + torch.randn(problems, n, d, device="cuda")
+        x[..., :2] += mean
+        made.append(x.to(dtype))
+    return made
+
+
+def cka_outcome(function, student, teacher, backend, dtype=None, **options):
+    both = [
+        [x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in xs]
+        for xs in (student, teacher)
+    ]
+    if backend == "cuda":
+        options["backend"] = "cuda"
+    else:
+        function = getattr(reference, function.__name__)
+    value = function(*both, teacher_grad=True, **options)
+    upstream = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device="cuda")
+    value.backward(upstream.view_as(value))
+    return [value.detach().double(), *(x.grad.double() for xs in both for x in xs)]
+
+
+def cka_close(function, student, teacher, **options):
+    """Features are rounded once more after they are centred, and so are the gradients."""
+    made = cka_outcome(function, student, teacher, "cuda", **options)
+    truth = cka_outcome(function, student, teacher, "reference", torch.float64, **options)
+    eps = torch.finfo(student[0].dtype).eps
+    for mine, true in zip(made, truth, strict=True):
+        assert (mine - true).abs().max() <= 1.5 * eps * true.abs().max().clamp(min=1e-30)
+
+
+@dtypes
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("problems", [3, 150])
+@pytest.mark.parametrize(
+    "n, widths",
+    [(6, (33, 35)), (17, (70, 33)), (32, (64, 96)), (33, (72, 64)), (64, (136, 128)),
+     (100, (136, 130)), (127, (165, 136)), (128, (768, 768)), (128, (264, 136))],
+    ids=str,
+)  # fmt: skip
+def test_cka_and_gradients_equal_the_reference(n, widths, problems, masked, estimator, dtype):
+    mask = None
+    if masked:
+        mask = torch.rand(problems, n, device="cuda") < 0.7
+        mask[:, 1:6] = True
+        mask[:, 0] = False
+    x, y = layers(problems, n, widths, dtype, mean=300.0)
+    cka_close(cka, [x], [y], mask=mask, estimator=estimator)
+
+
+@dtypes
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_every_branch_of_the_cka_kernels(estimator, dtype):
+    """The fewest cases that run every line, for tools that take long: make gpu-sanitize."""
+    for problems, n, widths in ((2, 20, (40, 35)), (130, 60, (96, 70)), (130, 100, (200, 130))):
+        mask = torch.rand(problems, n, device="cuda") < 0.7
+        mask[:, 1:6] = True
+        x, y = layers(problems, n, widths, dtype)
+        cka_close(cka, [x], [y], mask=mask, estimator=estimator)
+    cka_close(cka, *[[x] for x in layers(2, 40, (5000, 3333), dtype)], estimator=estimator)
+
+
+@dtypes
+def test_cka_matrix_equals_the_reference(dtype):
+    xs, ys = (layers(2, 70, widths, dtype) for widths in ((96, 80, 72), (104, 90)))
+    cka_close(cka_matrix, xs, ys, estimator="unbiased")
+
+
+@dtypes
+def test_cka_of_thirty_pairs_spans_two_launches(dtype):
+    xs, ys = (layers(8, 40, [64] * 30, dtype) for _ in range(2))
+    cka_close(cka, xs, ys)
+
+
+@dtypes
+@pytest.mark.parametrize("problems", [1, 200])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_cka_of_equal_features_is_exactly_one_and_of_equal_rows_zero(estimator, problems, dtype):
+    (x,) = layers(problems, 100, (136,), dtype)
+    options = {"estimator": estimator, "backend": "cuda"}
+    assert (cka(x, x.clone(), **options) == 1).all()
+    assert torch.count_nonzero(cka(torch.full_like(x, 300.0), x, **options)) == 0
+
+
+@dtypes
+@pytest.mark.parametrize("problems", [3, 150])
+def test_masked_rows_reach_nothing_in_cka(problems, dtype):
+    x, y = layers(problems, 50, (136, 70), dtype)
+    mask = torch.rand(problems, 50, device="cuda") < 0.7
+    clean = cka_outcome(cka, [x], [y], "cuda", mask=mask)
+    x[~mask], y[~mask] = math.nan, math.inf
+    dirty = cka_outcome(cka, [x], [y], "cuda", mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert all(torch.count_nonzero(g[~mask]) == 0 for g in dirty[1:])
+
+
+@pytest.mark.parametrize("problems, d", [(1, 98304), (150, 768)])
+def test_cka_gradient_is_the_same_bit_for_bit_each_time(problems, d):
+    x, y = layers(problems, 64, (d, d), torch.bfloat16)
+    first, second = (cka_outcome(cka, [x], [y], "cuda") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("problems, d", [(2, 9000), (150, 136)])
+def test_cka_captured_in_a_cuda_graph(problems, d):
+    x, y = layers(problems, 64, (d, d), torch.bfloat16)
+    x.requires_grad_()
+
+    def step():
+        return torch.autograd.grad(cka(x, y, backend="cuda").sum(), x)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    assert torch.equal(captured, step())

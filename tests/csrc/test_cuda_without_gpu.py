@@ -5,6 +5,7 @@ The kernels themselves then run on the CPU, in a simulation of a block of thread
 """
 
 import importlib
+import math
 import re
 import runpy
 import subprocess
@@ -14,6 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdfast import reference
+from kdfast.ops import cka
+
+CKA = importlib.import_module("kdfast.ops.cka")
 KERNELS = importlib.import_module("kdfast.ops.attention_kl")  # the name in kdfast.ops is a function
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -23,7 +28,8 @@ SIMULATED = ("attention_kl", "attention_map_kl")
 SERIALISED = re.compile(r"\(C75(?!19)\d\d\)|wgmma.*serialized")
 
 
-BUILD = runpy.run_path(str(Path(__file__).with_name("simulation.py")))["BUILD"]
+SIMULATION = runpy.run_path(str(Path(__file__).with_name("simulation.py")))
+BUILD = SIMULATION["BUILD"]
 nvcc = BUILD["nvcc"]
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 
@@ -101,3 +107,171 @@ def test_simulated_kernels_equal_the_formula(operator, tmp_path):
     subprocess.run([*command, str(source), "-o", str(program)], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+# CKA, whose entry points run in the simulation as well
+
+BOTH = (torch.bfloat16, torch.float16)
+SIDES = ("tiles", "gram")
+
+
+@pytest.fixture(scope="module")
+def simulated_cka(tmp_path_factory):
+    if nvcc() is None:
+        pytest.skip("nvcc is not installed")
+    SIMULATION["load"](tmp_path_factory.mktemp("simulation"), ("cka",))
+
+
+@pytest.fixture
+def served(simulated_cka, monkeypatch):
+    SIMULATION["serve"](monkeypatch)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def layers(problems, n, widths, dtype, mean=0.0):
+    shared = torch.randn(problems, n, 5)
+    made = [shared @ torch.randn(5, d) + torch.randn(problems, n, d) for d in widths]
+    for x in made:
+        x[..., :2] += mean
+    return [x.to(dtype) for x in made]
+
+
+def outcome(student, teacher, side=None, matrix=False, dtype=None, **options):
+    """Values and all gradients, in float64; of the kernels, or of the reference in `dtype`."""
+    both = [
+        [x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in xs]
+        for xs in (student, teacher)
+    ]
+    names = ("layers_s", "layers_t") if matrix else ("x_s", "x_t")
+    options = {"mask": None, "estimator": "biased", "teacher_grad": True} | options
+    arguments = dict(zip(names, both, strict=True)) | options
+    name = "cka_matrix" if matrix else "cka"
+    if side is None:
+        value = getattr(reference, name)(**arguments)
+    else:
+        serve = CKA._serve_matrix if matrix else CKA._serve_cka
+        value = serve(name, "cuda", side=side, kernel="linear", bandwidth=None, **arguments)
+    value.backward(torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view_as(value))
+    return [value.detach().double(), *(x.grad.double() for xs in both for x in xs)]
+
+
+def close_to_reference(student, teacher, side, **options):
+    """Features are rounded once more after they are centred, and so are the gradients."""
+    made = outcome(student, teacher, side, **options)
+    truth = outcome(student, teacher, dtype=torch.float64, **options)
+    eps = torch.finfo(student[0].dtype).eps
+    for mine, true in zip(made, truth, strict=True):
+        assert (mine - true).abs().max() <= 1.5 * eps * true.abs().max().clamp(min=1e-30)
+
+
+def partial_mask(problems, n):
+    mask = torch.rand(problems, n) < 0.7
+    mask[:, 1:6] = True
+    mask[:, 0] = False
+    return mask
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize(
+    "n, widths, masked",
+    [(6, (1, 3), False), (17, (70, 33), True), (33, (72, 64), False), (64, (136, 128), True),
+     (100, (72, 130), True), (127, (65, 8), True), (128, (264, 136), False)],
+    ids=str,
+)  # fmt: skip
+def test_simulated_cka_equals_the_reference(
+    served, monkeypatch, n, widths, masked, estimator, dtype, side
+):
+    if estimator == "unbiased":  # copies land as late as they may, or else as early
+        monkeypatch.setenv("KDFAST_SIMULATE_LATE", "1")
+    x, y = layers(2, n, widths, dtype, mean=300.0)
+    mask = partial_mask(2, n) if masked else None
+    close_to_reference([x], [y], side, estimator=estimator, mask=mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_simulated_pairs_and_matrices_equal_the_reference(served, estimator):
+    options = {"estimator": estimator, "mask": partial_mask(2, 40)}
+    xs, ys = (layers(2, 40, widths, torch.bfloat16) for widths in ((64, 70, 8), (24, 64, 130)))
+    for side in SIDES:
+        close_to_reference(xs, ys, side, **options)
+    close_to_reference(xs[:2], ys, "gram", matrix=True, **options)
+
+
+@pytest.mark.slow
+def test_simulated_products_over_many_columns_are_divided_and_added_up(served):
+    close_to_reference(*[[x] for x in layers(1, 40, (5000, 3333), torch.bfloat16)], "gram")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_simulated_cka_of_equal_features_is_one_and_of_equal_rows_zero(served, estimator, side):
+    x = layers(2, 100, (72,), torch.bfloat16)[0]
+    options = {"estimator": estimator, "mask": partial_mask(2, 100)}
+    assert (outcome([x], [x], side, **options)[0] == 1).all()
+    for constant in (0.1, 300.0):
+        made = outcome([torch.full_like(x, constant)], [x], side, **options)
+        assert all(torch.count_nonzero(z) == 0 for z in made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_simulated_cka_takes_nothing_from_rows_that_are_masked(served, estimator, side):
+    x, y = layers(3, 50, (72, 70), torch.float16)
+    mask = partial_mask(3, 50)
+    mask[1] = False
+    mask[1, 7] = True
+    clean = outcome([x], [y], side, estimator=estimator, mask=mask)
+    x[~mask], y[~mask] = math.nan, math.inf
+    dirty = outcome([x], [y], side, estimator=estimator, mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert all(torch.count_nonzero(g[~mask]) == 0 for g in dirty[1:])
+    assert dirty[0][0, 1] == 0 and all(torch.count_nonzero(g[1]) == 0 for g in dirty[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_of_a_valid_row_stays_in_its_problem_in_simulated_cka(served, bad, side):
+    x, y = layers(3, 50, (72, 70), torch.bfloat16)
+    x[1, 20, 3] = bad
+    mask = partial_mask(3, 50)
+    mask[1, 20] = True
+    value, *gradients = outcome([x], [y], side, mask=mask)
+    assert value.isnan().tolist() == [[False, True, False]]
+    for gradient in gradients:
+        assert gradient[1][mask[1]].isnan().all() and not gradient[[0, 2]].isnan().any()
+        assert torch.count_nonzero(gradient[1][~mask[1]]) == 0
+
+
+@pytest.mark.slow
+def test_simulated_cka_of_strided_and_permuted_features(served):
+    x, y = layers(3, 20, (72, 64), torch.bfloat16)
+    wide = torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+    turned = y.transpose(0, 1).contiguous().transpose(0, 1)
+    for side in SIDES:
+        made, plain = outcome([wide], [turned], side), outcome([x], [y], side)
+        assert all(torch.equal(mine, its) for mine, its in zip(made, plain, strict=True))
+    assert cka(x[:0], y[:0], backend="cuda").shape == (0,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", SIDES)
+def test_simulated_kept_terms_of_a_teacher_change_nothing(served, side):
+    xs, ys = ([z] for z in layers(2, 30, (64, 72), torch.bfloat16))
+    options = {"kernel": "linear", "bandwidth": None, "estimator": "unbiased", "mask": None}
+    terms = {}
+    xs[0].requires_grad_()
+    for _ in range(2):
+        value = CKA._serve_cka("cka", "cuda", x_s=xs, x_t=ys, side=side, terms_t=terms, **options)
+    whole = CKA._serve_cka("cka", "cuda", x_s=xs, x_t=ys, side=side, **options)
+    assert torch.equal(value, whole)
+    made, its = (torch.autograd.grad(z.sum(), xs[0])[0] for z in (value, whole))
+    assert torch.equal(made, its)

@@ -4,7 +4,7 @@
 
 A stub takes the place of Triton's driver, so that every launch compiles what it would compile on
 that architecture, with the real arguments, and runs nothing. Prints a line of JSON per compiled
-kernel: registers that were spilled (bytes of stack on NVIDIA), shared memory, and their limit.
+kernel: registers, those that were spilled (bytes of stack on NVIDIA), shared memory, its limit.
 """
 
 import argparse
@@ -47,10 +47,14 @@ class Driver:
         return self.target
 
 
-def spills(kernel, target):
-    """Bytes of stack, or spilled vector registers."""
+def registers(kernel, target):
+    """Registers of a thread, and what was spilled: bytes of stack, or vector registers."""
     if target.backend == "hip":
-        return sum(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])))
+        text = kernel.asm["amdgcn"]
+        return [
+            sum(map(int, re.findall(rf"\.vgpr_{name}:\s*(\d+)", text)))
+            for name in ("count", "spill_count")
+        ]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -58,7 +62,7 @@ def spills(kernel, target):
             [BINARIES / "cuobjdump", "--dump-resource-usage", file.name],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-    return int(re.search(r"STACK:(\d+)", usage)[1])
+    return [int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")]
 
 
 def attention_kl(architecture, dtypes, widths, directions, exhaustive):
@@ -140,7 +144,48 @@ def attention_map_kl(architecture, dtypes, widths, directions, exhaustive):
                         module.backward(statistics[0], *statistics, *arguments)
 
 
-MODULES = {"attention_kl": attention_kl, "attention_map_kl": attention_map_kl}
+def cka(architecture, dtypes, widths, directions, exhaustive):
+    """Each side; widths and directions are the attentions'."""
+    from kdfast.kernels import cka as module
+
+    module.architecture = lambda device: architecture
+
+    def call(side, dtype, n, *, d=(768, 768), layers=2, problems=4, masked=True, **options):
+        features = [torch.zeros(problems, n, d[i % 2], dtype=dtype) for i in range(layers)]
+        mask = torch.ones(problems, n, dtype=torch.bool) if masked else None
+        half = layers // 2
+        pairs = [k for i in range(half) for k in (i, half + i)]
+        pairs += [k for i in range(layers) for k in (i, i)]
+        bandwidths = [0.0] * layers if options.get("rbf") else []
+        arguments = (
+            features, None, mask, pairs, bandwidths, side, options.get("unbiased", False)
+        )  # fmt: skip
+        inner, *saved = module.forward(*arguments, True)
+        wanted = range(layers if options.get("both") else half)
+        module.backward(inner, *saved, *arguments, list(wanted))
+
+    for dtype in dtypes:
+        for unbiased in (False, True) if exhaustive else (True,):
+            for n in (16, 32, 64, 128) if exhaustive else (64, 128):
+                for both in (False, True):
+                    call("tiles", dtype, n, unbiased=unbiased, both=both)
+                call("gram", dtype, n, unbiased=unbiased, d=(98304, 98304))
+            call("gram", dtype, 512, unbiased=unbiased)
+            call("tiles", dtype, 512, unbiased=unbiased)
+            call("tiles", dtype, 512, unbiased=unbiased, rbf=True)
+            call("feature", dtype, 4096, unbiased=unbiased)
+            if exhaustive:
+                for side in ("tiles", "gram", "feature"):
+                    # One problem, widths of no alignment, many layers, no mask.
+                    call(side, dtype, 128, unbiased=unbiased, problems=1)
+                    call(side, dtype, 128, unbiased=unbiased, d=(77, 13), both=True)
+                    call(side, dtype, 128, unbiased=unbiased, layers=12, both=True)
+                    call(side, dtype, 128, unbiased=unbiased, masked=False)
+                    call(side, dtype, 640, unbiased=unbiased, masked=False)
+                call("tiles", dtype, 640, unbiased=unbiased, rbf=True, masked=False)
+
+
+MODULES = {"attention_kl": attention_kl, "attention_map_kl": attention_map_kl, "cka": cka}
 
 
 def main():
@@ -151,8 +196,8 @@ def main():
     parser.add_argument("--widths", default="64")
     parser.add_argument("--directions", default="forward")
     parser.add_argument("--exhaustive", action="store_true", help="every option of these")
-    chosen = parser.parse_args()
-    target, limit = TARGETS[chosen.architecture]
+    parsed = parser.parse_args()
+    target, limit = TARGETS[parsed.architecture]
     triton.runtime.driver.set_active(Driver(target))
     compiled = {}
     run = triton.runtime.jit.JITFunction.run
@@ -160,10 +205,13 @@ def main():
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if kernel.hash not in compiled:
+            used, spilled = registers(kernel, target)
+            chosen = {k: str(v) for k, v in options.items() if k.isupper() or k.startswith("num_")}
             compiled[kernel.hash] = {
                 "kernel": self.__name__.lstrip("_"),
-                "options": {k: v for k, v in options.items() if k not in ("enable_fp_fusion",)},
-                "spills": spills(kernel, target),
+                "options": chosen,
+                "registers": used,
+                "spills": spilled,
                 "shared": kernel.metadata.shared,
                 "limit": limit,
             }
@@ -171,13 +219,13 @@ def main():
         return kernel
 
     triton.runtime.jit.JITFunction.run = compile_only
-    for name in chosen.modules:
+    for name in parsed.modules:
         MODULES[name](
-            chosen.architecture,
-            [getattr(torch, dtype) for dtype in chosen.dtypes.split(",")],
-            [int(width) for width in chosen.widths.split(",")],
-            chosen.directions.split(","),
-            chosen.exhaustive,
+            parsed.architecture,
+            [getattr(torch, dtype) for dtype in parsed.dtypes.split(",")],
+            [int(width) for width in parsed.widths.split(",")],
+            parsed.directions.split(","),
+            parsed.exhaustive,
         )
 
 

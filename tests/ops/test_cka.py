@@ -6,8 +6,20 @@ import pytest
 import torch
 
 from kdfast import reference
-from kdfast.ops import cka, cka_matrix, hsic
+from kdfast.ops import (
+    CKATeacher,
+    MinibatchCKA,
+    cka,
+    cka_matrix,
+    dispatch,
+    gram_distance,
+    hsic,
+    hsic_matrix,
+)
 
+pytestmark = pytest.mark.usefixtures("backend_on_cpu")
+
+OPERATOR = "cka"
 OPTIONS = {
     "linear biased": {"kernel": "linear", "estimator": "biased"},
     "linear unbiased": {"kernel": "linear", "estimator": "unbiased"},
@@ -238,6 +250,148 @@ def test_matrix_gradients_pass_gradcheck(estimator, side):
         ),
         layers,
     )
+
+
+@options
+def test_list_of_pairs_holds_the_cka_of_each(options):
+    layers_s = [features(2, 6, d) for d in (3, 5, 4)]
+    layers_t = [features(2, 6, d) for d in (4, 2, 7)]
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1]])
+    values = cka(layers_s, tuple(layers_t), mask=mask, **options)
+    assert values.shape == (3, 2)
+    expected = [cka(x, y, mask=mask, **options) for x, y in zip(layers_s, layers_t, strict=True)]
+    torch.testing.assert_close(values, torch.stack(expected))
+
+
+@options
+def test_hsic_matrix_holds_the_hsic_of_every_pair_and_layer(options):
+    layers_s, layers_t = [features(6, d) for d in (3, 5)], [features(6, d) for d in (4, 2, 7)]
+    width = options.get("bandwidth")
+    width_s, width_t = width if isinstance(width, tuple) else (width, width)
+    cross, own_s, own_t = hsic_matrix(layers_s, layers_t, **options)
+    assert (cross.shape, own_s.shape, own_t.shape) == ((2, 3), (2,), (3,))
+    for i, j in itertools.product(range(2), range(3)):
+        expected = hsic_by_hand(layers_s[i], layers_t[j], **options)
+        torch.testing.assert_close(cross[i, j], torch.tensor(expected).double())
+    for found, layers, own in ((own_s, layers_s, width_s), (own_t, layers_t, width_t)):
+        expected = [hsic_by_hand(x, x, **{**options, "bandwidth": own}) for x in layers]
+        torch.testing.assert_close(found, torch.tensor(expected).double())
+
+
+def test_gradients_of_hsic_matrix_pass_gradcheck():
+    layers = [features(6, d).requires_grad_() for d in (3, 2, 4)]
+    for estimator in ("biased", "unbiased"):
+        assert torch.autograd.gradcheck(
+            lambda *x, e=estimator: hsic_matrix(x[:2], x[2:], estimator=e, teacher_grad=True),
+            layers,
+        )
+
+
+# Gram distance
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_gram_distance_equals_the_formula(kernel):
+    x = features(7, 4)
+    y = features(7, 6, shared=x)
+    grams = [gram_by_hand(z.numpy(), kernel, None) for z in (x, y)]
+    centre = np.eye(7) - np.ones((7, 7)) / 7
+    k, c = (centre @ gram @ centre for gram in grams)
+    expected = ((k / np.linalg.norm(k) - c / np.linalg.norm(c)) ** 2).sum()
+    value = gram_distance(x, y, kernel=kernel)
+    torch.testing.assert_close(value, torch.tensor(expected).double())
+    pairs = gram_distance([x, y], [y, y], kernel=kernel)
+    torch.testing.assert_close(pairs, torch.stack([value, torch.zeros_like(value)]))
+
+
+def test_gradients_of_gram_distance_pass_gradcheck():
+    x, y = features(2, 6, 3).requires_grad_(), features(2, 6, 4).requires_grad_()
+    mask = torch.tensor([[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]])
+    assert torch.autograd.gradcheck(
+        lambda x, y: gram_distance(x, y, mask=mask, teacher_grad=True), (x, y)
+    )
+
+
+def test_equal_features_have_no_gram_distance_and_equal_rows_neither():
+    x = features(2, 17, 5, dtype=torch.float32)
+    assert torch.count_nonzero(gram_distance(x, x.clone())) == 0
+    flat = torch.full((2, 17, 5), 0.1, requires_grad=True)
+    value = gram_distance(flat, x)
+    value.sum().backward()
+    assert torch.count_nonzero(value) == torch.count_nonzero(flat.grad) == 0
+
+
+# Batches and teachers
+
+
+@estimators
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_minibatch_cka_is_the_ratio_of_means_of_hsic(estimator, kernel):
+    options = {"estimator": estimator, "kernel": kernel}
+    sizes = (8, 8, 5)  # the last batch is short
+    batches = [([features(n, 4), features(n, 3)], [features(n, 6)]) for n in sizes]
+    total = MinibatchCKA(**options)
+    for layers_s, layers_t in batches:
+        total.update(layers_s, layers_t)
+    for i in range(2):
+        cross, own_s, own_t = (
+            sum(hsic_by_hand(*pair, **options) for pair in pairs)
+            for pairs in zip(
+                *(((s[i], t[0]), (s[i], s[i]), (t[0], t[0])) for s, t in batches), strict=True
+            )
+        )
+        expected = torch.tensor(cross / math.sqrt(own_s * own_t)).double()
+        torch.testing.assert_close(total.compute()[i, 0], expected)
+    assert total.batches == 3 and not total.compute().requires_grad
+
+
+def test_minibatch_cka_equals_ckatorch():
+    ckatorch = pytest.importorskip("ckatorch")
+    x = features(5, 12, 6)
+    y = features(5, 12, 9, shared=x)
+    apart, at_once = MinibatchCKA(), MinibatchCKA()
+    for b in range(5):
+        apart.update([x[b]], [y[b]])
+    at_once.update([x], [y])
+    for total in (apart, at_once):
+        torch.testing.assert_close(total.compute(), ckatorch.cka_batch(x, y).view(1, 1))
+
+
+def test_minibatch_cka_masks_forgets_and_says_what_is_wrong():
+    x, y = features(9, 4), features(9, 3)
+    mask = torch.arange(9) < 6
+    total = MinibatchCKA(estimator="biased")
+    with pytest.raises(RuntimeError, match="no batch yet"):
+        total.compute()
+    total.update([x], [x])
+    total.reset()
+    total.update([x], [y], mask)
+    torch.testing.assert_close(total.compute()[0, 0], cka(x[:6], y[:6]))
+    with pytest.raises(ValueError, match="layers_s and layers_t have 2 and 1 layers.*1 and 1"):
+        total.update([x, x], [y])
+    with pytest.raises(ValueError, match="MinibatchCKA: estimator is 'debiased'"):
+        MinibatchCKA(estimator="debiased")
+
+
+@options
+def test_teacher_whose_terms_are_kept_gives_the_same_values_and_gradients(options):
+    layers_t = [features(2, 9, d) for d in (4, 20)]
+    mask = torch.ones(2, 9)
+    mask[1, 2:4] = 0
+    teacher = CKATeacher(layers_t, mask=mask, **options)
+    single = CKATeacher(layers_t[0], mask=mask, **options)
+    for _ in range(3):  # another student each time
+        layers_s = [features(2, 9, d).requires_grad_() for d in (3, 12)]
+        for mine, plain in (
+            (teacher.cka(layers_s), cka(layers_s, layers_t, mask=mask, **options)),
+            (teacher.cka_matrix(layers_s), cka_matrix(layers_s, layers_t, mask=mask, **options)),
+            (single.cka(layers_s[0]), cka(layers_s[0], layers_t[0], mask=mask, **options)),
+        ):
+            torch.testing.assert_close(mine, plain)
+            wanted = layers_s[:1] if mine.shape == (2,) else layers_s
+            grads = [torch.autograd.grad(value.sum(), wanted) for value in (mine, plain)]
+            for one, other in zip(*grads, strict=True):
+                torch.testing.assert_close(one, other)
 
 
 # Oracles
@@ -525,6 +679,8 @@ def test_second_derivative_raises_naming_the_operator(function):
 @pytest.mark.parametrize("function", [hsic, cka])
 @options
 def test_compiled_without_graph_breaks_equals_eager(function, options):
+    if dispatch.AUTO["cpu"][0] == "cpp":
+        pytest.skip("in the ladder of the kernels")
     x, y = features(6, 4).requires_grad_(), features(6, 3)
 
     def value(x, y):
@@ -568,6 +724,9 @@ X, Y = torch.zeros(2, 6, 4), torch.zeros(2, 6, 5)
         (X.int(), Y, {}, TypeError, "x_s is int32"),
         (X, None, {}, TypeError, "x_t is a NoneType"),
         (X, Y.to("meta"), {}, ValueError, "x_t is on meta"),
+        ([X], [Y, Y], {}, ValueError, "x_t has 2 tensors but x_s has 1"),
+        ([X], Y, {}, TypeError, "x_t is one tensor.*sequence"),
+        ([X, X], [Y, Y[:1]], {}, ValueError, r"x_t\[1\] has shape \[1, 6, 5\]"),
         (X, Y, {"kernel": "cosine"}, ValueError, "kernel is 'cosine'.*'linear', 'rbf'"),
         (X, Y, {"estimator": "debiased"}, ValueError, "estimator is 'debiased'.*'unbiased'"),
         (X, Y, {"bandwidth": 1.0}, ValueError, "bandwidth is 1.0.*None"),
@@ -597,3 +756,22 @@ def test_bad_argument_is_named(x, y, options, error, message):
 def test_bad_layer_is_named(layers_s, layers_t, error, message):
     with pytest.raises(error, match=message):
         cka_matrix(layers_s, layers_t)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize(
+    "function", [hsic, cka, cka_matrix, hsic_matrix, gram_distance], ids=lambda f: f.__name__
+)
+def test_too_few_rows_by_shape_are_refused_by_the_estimators_that_need_more(function, n):
+    x = torch.rand(n, 4)
+    inputs = ([x], [x]) if function in (cka_matrix, hsic_matrix) else (x, x)
+    served = {"biased": n >= 2} | ({} if function is gram_distance else {"unbiased": False})
+    for estimator, serves in served.items():
+        options = {} if function is gram_distance else {"estimator": estimator}
+        if serves:
+            function(*inputs, **options)
+            continue
+        least = {"biased": 2, "unbiased": 4}[estimator]
+        message = f"^{function.__name__}: .* has n = {n} rows.*at least {least}.*{estimator}"
+        with pytest.raises(ValueError, match=message):
+            function(*inputs, **options)

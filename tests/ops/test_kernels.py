@@ -5,28 +5,20 @@ dtype of the inputs, and by the reference in float64. The kernel may err twice a
 plus a floor. Memory is filled with NaN beforehand, so that an element nobody writes shows.
 """
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from kdfast import ops
-from kdfast.ops import dispatch, library
 from kdfast.reference.attention_kl import _visibility
 
+pytestmark = pytest.mark.usefixtures("memory_filled_with_nan")
+
+OPERATOR = "attention_kl"  # asked whether a kernel can run here
 DIRECTIONS = ("forward", "reverse", "js")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-KERNELS = [
-    pytest.param(("cpp", "cpu"), id="cpp"),
-    pytest.param(("triton", "cpu"), id="triton-interpreted"),
-    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
-    pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
-    pytest.param(("cuda", "cpu"), id="cuda-simulated", marks=pytest.mark.exhaustive),
-]
 
 
 def skipping(operator):
@@ -62,59 +54,9 @@ INTERPRETED = {
 }
 
 
-@pytest.fixture(scope="module")
-def simulation(tmp_path_factory):
-    file = Path(__file__).parents[1] / "csrc" / "simulation.py"
-    spec = importlib.util.spec_from_file_location("simulation", file)
-    module = sys.modules["simulation"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if module.nvcc() is None:
-        pytest.skip("nvcc is not installed")
-    module.load(tmp_path_factory.mktemp("simulation"))
-    return module
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request):
-    backend, device = request.param
-    if (backend, device) == ("cuda", "cpu"):
-        simulation = request.getfixturevalue("simulation")
-        simulation.serve(request.getfixturevalue("monkeypatch"))
-    quick = request.function.__name__ in INTERPRETED
-    if (backend, device) == ("triton", "cpu") and not quick and request.config.option.markexpr:
-        pytest.skip("part of make test-all")
-    reason = dispatch.explain("attention_kl")[dispatch.BACKENDS.index(backend)].reason
-    if reason:
-        pytest.skip(reason)
-    if (backend, device) == ("triton", "cpu") and not library.interpreting():
-        pytest.skip("Triton compiles here; its interpreter is not on")
-    return request.param
-
-
 def precision(kernel):
     """The dtype of cases that are not about dtypes. Tensor cores have no float32."""
     return torch.bfloat16 if kernel[0] == "cuda" else torch.float32
-
-
-@pytest.fixture(autouse=True)
-def memory_filled_with_nan():
-    """Deterministic mode fills new memory with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def unless(request, kernel):
-    """Leaves a case to `make test-all`, except for the compiled CPU library, which is quick: the
-    interpreter is slow, and a GPU compiles each combination of options for seconds."""
-
-    def leave(condition):
-        everything = not request.config.option.markexpr and kernel != ("cuda", "cpu")
-        if kernel[0] != "cpp" and not condition and not everything:
-            pytest.skip("part of make test-all")
-
-    return leave
 
 
 # attention_kl
