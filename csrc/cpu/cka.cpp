@@ -245,53 +245,52 @@ struct Call {
                       [&](int64_t i, char* scratch) { function(items[i], scratch); });
     }
 
+    // Columns of a share, and shares, of one of `many` pieces of work of a certain width: several
+    // where there are too few pieces for all threads.
+    std::pair<int64_t, int64_t> shared(int64_t many, int64_t width) const {
+        const int64_t wanted = many >= 4 * threads || many == 0 ? 1 : up(4 * threads, many);
+        const int64_t shares = std::min(wanted, std::max<int64_t>(1, width / 512));
+        const int64_t columns = up(up(width, shares), 64) * 64;
+        return {columns, up(width, columns)};
+    }
+
+    // What the thread that does the i-th part probably does next.
+    Part after(const std::vector<Part>& parts, int64_t i) const {
+        i += threads;
+        return i < int64_t(parts.size()) ? parts[i] : Part{-1, 0, 0, 0, 0};
+    }
+
     // The forward pass of each side: inner products [pairs][2] of each problem, as the estimator
     // asks and biased.
 
     void gram_inner(std::vector<double>& inner) {
-        struct Part {
-            int64_t layer, problem, begin, end;
-            char* sum;
-        };
         // Problems are divided by columns where there are too few for all threads.
-        const int64_t many = made * int64_t(busy.size());
-        int64_t parts = many >= 4 * threads || many == 0 ? 1 : up(4 * threads, many);
         const int64_t bytes = KDFAST_CALL(cka_gram_bytes, problem);
         std::vector<Part> items;
+        std::vector<char*> sums;
         for (int64_t l = 0; l < made; l++) {
-            const int64_t mine = std::min(parts, std::max<int64_t>(1, width(l) / 512));
-            const int64_t columns = up(up(width(l), mine), 64) * 64;
-            const int64_t shares = up(width(l), columns);
+            const auto [columns, shares] = shared(made * int64_t(busy.size()), width(l));
             for (int64_t p : busy) {
-                char* sums = shares == 1 ? nullptr : work(shares * bytes / size);
+                char* sum = shares == 1 ? nullptr : work(shares * bytes / size);
                 for (int64_t s = 0; s < shares; s++) {
-                    items.push_back({l, p, s * columns, std::min((s + 1) * columns, width(l)),
-                                     sums == nullptr ? nullptr : sums + s * bytes});
+                    items.push_back({l, p, s * columns, std::min((s + 1) * columns, width(l)), 0});
+                    sums.push_back(sum == nullptr ? nullptr : sum + s * bytes);
                 }
             }
         }
         const int64_t scratch_bytes = KDFAST_CALL(cka_scratch, problem, GRAM_PART);
         for_each_item(int64_t(items.size()), scratch_bytes + bytes, [&](int64_t i, char* scratch) {
             const Part& part = items[i];
-            char* sum = part.sum == nullptr ? scratch + scratch_bytes : part.sum;
-            Next next{-1, 0, 0, 0};
-            if (i + threads < int64_t(items.size())) {
-                const Part& other = items[i + threads];
-                next = {other.layer, other.problem, other.begin, other.end};
-            }
-            KDFAST_CALL(cka_gram_part, problem, part.layer, part.problem, part.begin, part.end,
-                        next, sum, scratch);
-            if (part.sum == nullptr) {
+            char* sum = sums[i] == nullptr ? scratch + scratch_bytes : sums[i];
+            KDFAST_CALL(cka_gram_part, problem, part, after(items, i), sum, scratch);
+            if (sums[i] == nullptr) {
                 KDFAST_CALL(cka_gram_finish, problem, part.layer, part.problem, sum, 1);
             }
         });
-        std::vector<Part> divided;
-        for (const Part& part : items) {
-            if (part.sum != nullptr && part.begin == 0) divided.push_back(part);
-        }
-        for_each_item(int64_t(divided.size()), 0, [&](int64_t i, char*) {
-            const Part& part = divided[i];
-            KDFAST_CALL(cka_gram_finish, problem, part.layer, part.problem, part.sum,
+        for_each_item(int64_t(items.size()), 0, [&](int64_t i, char*) {
+            const Part& part = items[i];
+            if (sums[i] == nullptr || part.begin > 0) return;
+            KDFAST_CALL(cka_gram_finish, problem, part.layer, part.problem, sums[i],
                         up(width(part.layer), part.end));
         });
 
@@ -352,11 +351,11 @@ struct Call {
         // A problem is divided by rows where there are too few for all threads.
         const int64_t many = int64_t(busy.size());
         const int64_t parts = many >= 4 * threads || many == 0 ? 1 : up(2 * threads, many);
-        struct Part {
+        struct Share {
             int64_t problem, begin, end;
             char* sums;
         };
-        std::vector<Part> items;
+        std::vector<Share> items;
         std::vector<std::pair<char*, int64_t>> sums(problem.problems);
         const int64_t bytes = KDFAST_CALL(cka_feature_bytes, problem);
         for (int64_t p : busy) {
@@ -367,7 +366,7 @@ struct Call {
                                  sums[p].first + r / step * bytes});
             }
         }
-        each(items, FEATURE_PART, [&](const Part& part, char* scratch) {
+        each(items, FEATURE_PART, [&](const Share& part, char* scratch) {
             KDFAST_CALL(cka_feature_part, problem, part.problem, part.begin, part.end, part.sums,
                         scratch);
         });
@@ -466,6 +465,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     Tensor unit = torch::stable::new_empty(call.like, {call.made, problems}, call.dtype);
     Tensor means = call.make(call.means_size()), kept = call.make(call.kept_size());
     const auto start = [](Tensor& x) { return static_cast<char*>(x.data_ptr()); };
+    kdfast::use_large_pages(start(kept), kept.numel() * call.size);
     call.place(start(means), start(unit), start(kept));
     const bool partly = int64_t(call.busy.size()) < problems ||
                         (mask && call.side == TILES) || (call.side == TILES && !call.needs_norms());
@@ -539,13 +539,30 @@ Tensors backward(const Tensor& grad_inner, const Tensor& unit, const Tensor& mea
     };
     if (call.side == GRAM) {
         call.gram_sums();
-        share(GRAM_ROWS);
-        call.each(items, GRAM_GRADIENT, [&](const Item& item, char* scratch) {
-            const std::size_t other = std::size_t(&item - items.data() + call.threads);
-            Next next{-1, 0, 0, 0};
-            if (other < items.size()) next = {items[other].layer, items[other].problem, 0, 0};
-            KDFAST_CALL(cka_gram_gradient, problem, item.layer, item.problem, item.begin,
-                        end_of(item, GRAM_ROWS), next, scratch);
+        std::vector<Part> parts;
+        int64_t many_parts = 0;
+        for (int64_t p : call.busy) {
+            many_parts += up(call.rows[p].count, GRAM_ROWS) * int64_t(wanted.size());
+        }
+        for (int64_t p : call.busy) {
+            for (int64_t l : wanted) {
+                const auto [columns, shares] = call.shared(many_parts, call.width(l));
+                for (int64_t r = 0; r < call.rows[p].count; r += GRAM_ROWS) {
+                    for (int64_t s = 0; s < shares; s++) {
+                        const int64_t end = std::min((s + 1) * columns, call.width(l));
+                        parts.push_back({l, p, s * columns, end, r});
+                    }
+                }
+            }
+        }
+        const int64_t bytes = KDFAST_CALL(cka_scratch, problem, GRAM_GRADIENT);
+        for_each_item(int64_t(parts.size()), bytes, [&](int64_t i, char* scratch) {
+            const Part& part = parts[i];
+            const int64_t row = call.width(part.layer) * int64_t(layers[0].element_size());
+            if (part.begin == 0 && part.row == 0 && problems * n * row > kdfast::MALLOC_KEEPS) {
+                kdfast::touch_pages(call.layers[part.layer].grad + part.problem * n * row, n * row);
+            }
+            KDFAST_CALL(cka_gram_gradient, problem, part, call.after(parts, i), scratch);
         });
     } else if (call.side == FEATURE) {
         call.find_norms(false);

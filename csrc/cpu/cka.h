@@ -49,9 +49,10 @@ struct Problem {
     const double* coefficient;  // backward: [problems][layers][layers], symmetric
 };
 
-// What the same thread does next: some columns, to be fetched meanwhile. layer < 0: nothing.
-struct Next {
-    int64_t layer, problem, begin, end;
+// Some columns of a layer in one problem, and for gradients up to GRAM_ROWS of the valid rows.
+// layer < 0: none.
+struct Part {
+    int64_t layer, problem, begin, end, row;
 };
 
 constexpr int64_t TILE = 128;         // rows and columns of a Gram matrix that are made at once
@@ -84,11 +85,11 @@ KDFAST_DECLARE(
     void cka_norms(const cka::Problem&, int64_t layer, int64_t problem, int64_t begin, int64_t end,
                    char* scratch);
 
-    // Gram side. Bytes of a sum; the sum over the columns from `begin` to `end`, with their means;
-    // unit and G from all sums.
+    // Gram side. Bytes of a sum; the sum over the columns of a part, with their means; unit and G
+    // from all sums. The next part's memory is fetched meanwhile.
     int64_t cka_gram_bytes(const cka::Problem&);
-    void cka_gram_part(const cka::Problem&, int64_t layer, int64_t problem, int64_t begin,
-                       int64_t end, const cka::Next&, char* sum, char* scratch);
+    void cka_gram_part(const cka::Problem&, const cka::Part&, const cka::Part& next, char* sum,
+                       char* scratch);
     void cka_gram_finish(const cka::Problem&, int64_t layer, int64_t problem, char* sums,
                          int64_t parts);
     // The sums of the rows of G without its diagonal, for the unbiased estimator.
@@ -97,8 +98,8 @@ KDFAST_DECLARE(
     // biased ones.
     void cka_gram_inner(const cka::Problem&, int64_t problem, int64_t begin, int64_t end,
                         double* inner, char* scratch);
-    void cka_gram_gradient(const cka::Problem&, int64_t layer, int64_t problem, int64_t begin,
-                           int64_t end, const cka::Next&, char* scratch);
+    void cka_gram_gradient(const cka::Problem&, const cka::Part&, const cka::Part& next,
+                           char* scratch);
 
     // Feature side; needs means and units. Bytes of the sums of all pairs; sums over the rows from
     // `begin` to `end`; a product from all sums, which lie one after the other; its squared norm.

@@ -23,6 +23,11 @@ namespace {
 
 constexpr int64_t GROUP = 192;  // columns that are packed at once: whole panels of every width
 
+// More of them where rows are few, so that memory is read in longer pieces.
+static int64_t group_of(int64_t rows) {
+    return rows <= 32 ? 4 * GROUP : rows <= 64 ? 2 * GROUP : GROUP;
+}
+
 template <class Real>
 struct Memory {
     char* start;
@@ -258,8 +263,9 @@ static Ahead ahead_of(const Problem& problem, int64_t l, int64_t index, int64_t 
 
 // sum [padded rows][columns of panels] = X_c X_c^T over some columns, whose means are taken here.
 template <class Real>
-static void gram_part(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
-                      const Next& next, Real* sum, char* scratch) {
+static void gram_part(const Problem& problem, const Part& part, const Part& next, Real* sum,
+                      char* scratch) {
+    const int64_t l = part.layer, index = part.problem, begin = part.begin, end = part.end;
     const int64_t n = problem.rows[index].count, chunk = chunk_of<Real>(n);
     const Panels<Real> panels(n);
     const int64_t stride = panels.columns();
@@ -472,27 +478,29 @@ static void put_row(const Problem& problem, int64_t l, int64_t index, int64_t nu
 
 template <class Real>
 static int64_t gram_gradient_scratch(const Problem& problem) {
-    const int64_t n = problem.n;
+    const int64_t n = problem.n, widest = 4 * GROUP;
     Memory<Real> memory{nullptr};
     memory.take(n), memory.take(n);
     memory.take(padded(GRAM_ROWS) * n);
-    memory.take(Columns<Real>::buffer_size(GROUP)), memory.take(GROUP);
-    memory.take(GROUP * n);
-    memory.take(padded(GRAM_ROWS) * GROUP);
+    memory.take(Columns<Real>::buffer_size(widest)), memory.take(widest);
+    memory.take(most(64 * widest, GROUP * least(n, DEPTH)));
+    memory.take(most(padded(64) * widest, padded(GRAM_ROWS) * GROUP));
     return memory.size;
 }
 
 template <class Real>
-static void gram_gradient(const Problem& problem, int64_t l, int64_t index, int64_t begin,
-                          int64_t end, const Next& next, char* scratch) {
+static void gram_gradient(const Problem& problem, const Part& part, const Part& next,
+                          char* scratch) {
+    const int64_t l = part.layer, index = part.problem;
     const Layer& layer = problem.layer[l];
-    const int64_t n = problem.rows[index].count, rows = end - begin;
+    const int64_t n = problem.rows[index].count, rows = least(GRAM_ROWS, n - part.row);
+    const int64_t group = group_of(n);
     Memory<Real> memory{scratch};
     Real* p = memory.take(n);
     const Gradient<Real> gradient(problem, l, index, p, memory.take(n));
     Real* m = memory.take(padded(rows) * n);
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t a = begin + r;
+        const int64_t a = part.row + r;
         const auto gram = [&](int64_t j) {
             return of_problem<Real>(problem.layer[j].gram, index, problem.n * problem.n) +
                    a * problem.n;
@@ -500,29 +508,29 @@ static void gram_gradient(const Problem& problem, int64_t l, int64_t index, int6
         gradient.row(problem, a, 0, n, gram, m + r * n);
     }
     memset(m + rows * n, 0, (padded(rows) - rows) * n * sizeof(Real));
-    Real *buffer = memory.take(Columns<Real>::buffer_size(GROUP)), *line = memory.take(GROUP);
-    Real *packed = memory.take(GROUP * n), *sum = memory.take(padded(rows) * GROUP);
+    Real *buffer = memory.take(Columns<Real>::buffer_size(group)), *line = memory.take(group);
+    Real *packed = memory.take(group * least(n, DEPTH)), *sum = memory.take(padded(rows) * group);
     const double factor = 2 / double(static_cast<Real*>(layer.unit)[index]);
-    for (int64_t column = 0; column < layer.width; column += GROUP) {
-        const int64_t columns = least(GROUP, layer.width - column);
+    for (int64_t column = part.begin; column < part.end; column += group) {
+        const int64_t columns = least(group, part.end - column);
         const Panels<Real> panels(columns);
         const Columns<Real> x(problem, l, index, column, columns, Real(1), buffer);
         for (int64_t k = 0; k < n; k += DEPTH) {
             const int64_t depth = least(DEPTH, n - k);
             x.packed(k, depth, panels, line, packed);
             Ahead ahead;
-            if (k + DEPTH >= n && column + GROUP < layer.width) {
-                ahead = ahead_of(problem, l, index, column + GROUP,
-                                 least(GROUP, layer.width - column - GROUP));
+            if (k + DEPTH >= n && column + group < part.end) {
+                ahead = ahead_of(problem, l, index, column + group,
+                                 least(group, part.end - column - group));
             } else if (k + DEPTH >= n && next.layer >= 0) {
-                ahead = ahead_of(problem, next.layer, next.problem, 0,
-                                 least(GROUP, problem.layer[next.layer].width));
+                ahead = ahead_of(problem, next.layer, next.problem, next.begin,
+                                 least(group, next.end - next.begin));
             }
-            multiply<Real>(Left<Real>::by_rows(m + k, n), rows, packed, panels, depth, sum, panels.columns(), k == 0,
-                           false, &ahead);
+            multiply<Real>(Left<Real>::by_rows(m + k, n), rows, packed, panels, depth, sum,
+                           panels.columns(), k == 0, false, &ahead);
         }
         for (int64_t r = 0; r < rows; r++) {
-            put_row(problem, l, index, begin + r, column, columns,
+            put_row(problem, l, index, part.row + r, column, columns,
                     reinterpret_cast<const char*>(sum + r * panels.columns()), factor);
         }
     }
@@ -1040,12 +1048,12 @@ int64_t cka_gram_bytes(const Problem& problem) {
                                   : 4 * padded(problem.n) * Panels<float>(problem.n).columns();
 }
 
-void cka_gram_part(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
-                   const Next& next, char* sum, char* scratch) {
+void cka_gram_part(const Problem& problem, const Part& part, const Part& next, char* sum,
+                   char* scratch) {
     if (problem.storage == F64) {
-        gram_part<double>(problem, l, index, begin, end, next, TYPED(double, sum), scratch);
+        gram_part<double>(problem, part, next, TYPED(double, sum), scratch);
     } else {
-        gram_part<float>(problem, l, index, begin, end, next, TYPED(float, sum), scratch);
+        gram_part<float>(problem, part, next, TYPED(float, sum), scratch);
     }
 }
 
@@ -1066,9 +1074,8 @@ void cka_gram_inner(const Problem& problem, int64_t index, int64_t begin, int64_
     BY_DTYPE(gram_inner, problem, index, begin, end, inner, scratch);
 }
 
-void cka_gram_gradient(const Problem& problem, int64_t l, int64_t index, int64_t begin, int64_t end,
-                       const Next& next, char* scratch) {
-    BY_DTYPE(gram_gradient, problem, l, index, begin, end, next, scratch);
+void cka_gram_gradient(const Problem& problem, const Part& part, const Part& next, char* scratch) {
+    BY_DTYPE(gram_gradient, problem, part, next, scratch);
 }
 
 int64_t cka_feature_bytes(const Problem& problem) {
