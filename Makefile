@@ -80,6 +80,7 @@ gpu-build:
 # into Triton, which compiles one kernel after the other, so that several processes share them;
 # build/gpu/*.log has what each one has said so far.
 gpu_ladder := $(CURDIR)/tests/ops/test_kernels.py
+gpu_cka := $(CURDIR)/tests/ops/test_cka_kernels.py
 define gpu_tests
 part() { log=$$1; shift; $(gpu_pytest) "$$@" > $$log.log 2>&1 || touch failed; cat $$log.log; }; \
 part csrc $(CURDIR)/tests/csrc & \
@@ -88,6 +89,9 @@ part ladder-cuda $(gpu_ladder) -k cuda & \
 part ladder-rows $(gpu_ladder) -k "triton and rows" & \
 part ladder-scalars $(gpu_ladder) -k "triton and scalar" & \
 part ladder-rest $(gpu_ladder) -k "triton and not rows and not scalar" & \
+part cka-cuda $(gpu_cka) -k cuda & \
+part cka-gram $(gpu_cka) -k "triton and gram" & \
+part cka-rest $(gpu_cka) -k "triton and not gram" & \
 wait
 endef
 gpu-test: gpu-build  ## on a CUDA machine: build, run the GPU tests

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPERATORS = ("attention_kl", "attention_map_kl", "cka", "layer_projection")
-WITH_KERNELS = ("attention_kl", "attention_map_kl")
+OPERATORS = ("attention_kl", "attention_map_kl", "cka", "layer_projection", "procrustes")
+WITH_KERNELS = ("attention_kl", "attention_map_kl", "cka")
 MAPPED = ("kernels", "benchmarks")  # top-level folders that are installed inside kdfast
 
 # What each room may import of kdfast, besides itself and the two bottom rooms.

@@ -40,12 +40,17 @@ Problem problem_of(const Tensor& map_s, const Tensor& map_t, const Mask& mask, b
     return problem;
 }
 
-void run(const Problem& problem, int64_t batch) {
+void run(const Problem& problem, int64_t batch, int64_t size) {
     const int64_t rows = batch * problem.heads * problem.queries;
     const int64_t share = std::max<int64_t>(1, 65536 / problem.keys);
     kdfast::for_each_item((rows + share - 1) / share,
                           KDFAST_CALL(attention_map_kl_scratch, problem),
                           [&](int64_t i, char* scratch) {
+                              const int64_t bytes = problem.keys * size;
+                              if (problem.grad != nullptr && rows * bytes > kdfast::MALLOC_KEEPS) {
+                                  kdfast::touch_pages(problem.grad + i * share * bytes,
+                                                      std::min(share, rows - i * share) * bytes);
+                              }
                               KDFAST_CALL(attention_map_kl_rows, problem, i * share,
                                           std::min((i + 1) * share, rows), scratch);
                           });
@@ -67,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& map_s, const Te
     problem.inner = static_cast<char*>(inner.data_ptr());
     problem.lse_s = static_cast<char*>(lse_s.data_ptr());
     problem.lse_t = static_cast<char*>(lse_t.data_ptr());
-    run(problem, batch);
+    run(problem, batch, int64_t(map_s.element_size()));
     return {rows, inner, lse_s, lse_t};
 }
 
@@ -81,7 +86,7 @@ Tensor backward(const Tensor& grad_rows, const Tensor&, const Tensor&, const Ten
         map_s, {map_s.size(0), problem.heads, problem.queries, problem.keys}, map_s.scalar_type());
     problem.grad = static_cast<char*>(grad.data_ptr());
     kdfast::use_large_pages(problem.grad, grad.numel() * int64_t(grad.element_size()));
-    run(problem, map_s.size(0));
+    run(problem, map_s.size(0), int64_t(map_s.element_size()));
     return grad;
 }
 

@@ -228,7 +228,7 @@ static double inner_product(const Real* x, const Real* y, int64_t n) {
 // Gram side
 
 // Columns that are packed at once: few enough to stay in the second cache.
-constexpr int64_t CHUNK_BYTES = int64_t(128) << 10, LONGEST_CHUNK = 1024;
+constexpr int64_t CHUNK_BYTES = int64_t(96) << 10, LONGEST_CHUNK = 1024;
 
 template <class Real>
 static int64_t chunk_of(int64_t rows) {

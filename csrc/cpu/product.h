@@ -82,7 +82,7 @@ struct Ahead {
 
     void fetch() {
         for (int64_t i = 0; i < step && row < rows; i++) {
-            __builtin_prefetch(start + index[row] * stride + at);
+            __builtin_prefetch(start + index[row] * stride + at, 0, 2);
             at += LINE;
             if (at >= bytes) at = 0, row++;
         }

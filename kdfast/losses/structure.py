@@ -65,37 +65,31 @@ class CKALoss(nn.Module):
         hidden_s: [B, N, D_s]; hidden_t: [B, N, D_t]; or sequences of them, one per layer pair.
         attention_mask: [B, N], 1 = token. Returns a scalar.
         """
-        losses = [
-            self._pair(student, teacher, attention_mask)
-            for student, teacher in as_pairs(hidden_s, hidden_t)
-        ]
-        return over_layers(torch.stack(losses), self.layers)
-
-    def _pair(
-        self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        minimum = MINIMUM_ROWS[self.estimator]
+        pairs = as_pairs(hidden_s, hidden_t)
+        sides, mask = [list(side) for side in zip(*pairs, strict=True)], attention_mask
         if self.rows == "samples":
             if mask is not None:
                 padded = ~mask.bool()[..., None]
-                student, teacher = student.masked_fill(padded, 0), teacher.masked_fill(padded, 0)
-            student, teacher, mask = student.flatten(1), teacher.flatten(1), None
-        if student.shape[-2] < minimum:
-            return (student * 0).sum().to(torch.promote_types(student.dtype, torch.float32))
+                sides = [[x.masked_fill(padded, 0) for x in side] for side in sides]
+            sides, mask = [[x.flatten(1) for x in side] for side in sides], None
+        first = sides[0][0]
+        if first.shape[-2] < MINIMUM_ROWS[self.estimator]:
+            nothing = torch.stack([(x * 0).sum() for x in sides[0]]).sum()
+            return nothing.to(torch.promote_types(first.dtype, torch.float32))
         alignment = cka(
-            student,
-            teacher,
+            *sides,
             mask=mask,
             kernel=self.kernel,
             bandwidth=self.bandwidth,
             estimator=self.estimator,
             backend=self.backend,
-        )
+        ).view(len(pairs), -1)
         # Exactly 0 says that CKA is undefined there: too few valid rows, or all of them equal. Such
         # problems leave before the logarithm, since 0 · ∞ in backward would be NaN.
         defined = alignment.detach() != 0
         losses = self._loss(torch.where(defined, alignment, torch.ones_like(alignment)))
-        return losses.masked_fill(~defined, 0).sum() / defined.sum().clamp(min=1)
+        means = losses.masked_fill(~defined, 0).sum(1) / defined.sum(1).clamp(min=1)
+        return over_layers(means, self.layers)
 
     def _loss(self, alignment: torch.Tensor) -> torch.Tensor:
         return 1 - alignment if self.form == "one_minus" else -alignment.abs().log()
