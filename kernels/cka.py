@@ -1050,7 +1050,9 @@ def compiler_options(name: str, warps: int = 4) -> dict[str, Any]:
 
 def launch_parameters(kernel: str, x: Tensor) -> dict[str, Any]:
     name = architecture(x.device)
-    launch = LAUNCH[name][kernel][x.dtype.itemsize]
+    # Addresses that are not aligned take more registers.
+    table = LAUNCH[name] if x.shape[-1] % 16 == 0 or name == "interpreter" else SMALLER
+    launch = table[kernel][x.dtype.itemsize]
     return {**launch, **compiler_options(name, launch["num_warps"])}
 
 
@@ -1169,7 +1171,7 @@ def _not_zero(unit: Tensor) -> Tensor:
     return unit.masked_fill(unit == 0, 1.0)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: a captured graph keeps their addresses
 def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Kept, because a CUDA graph can not hold the copy."""
     return torch.tensor(values, dtype=torch.int32, device=device)
@@ -1219,7 +1221,7 @@ class _Scales(NamedTuple):
     typical: Tensor | None
 
 
-def _scales(norms: Tensor, rows: _Rows, bandwidth: float | None) -> _Scales:
+def _scales(norms: Tensor, rows: _Rows, bandwidth: float | None, unbiased: bool) -> _Scales:
     total = _sum(norms.T)
     if bandwidth is None:
         return _Scales(_not_zero(total), None, None)
@@ -1227,7 +1229,10 @@ def _scales(norms: Tensor, rows: _Rows, bandwidth: float | None) -> _Scales:
     variance = _not_zero(squared) if bandwidth == 0 else torch.full_like(squared, bandwidth**2)
     sharpness = 0.5 / variance
     typical = -squared * sharpness
-    return _Scales(_not_zero(-torch.expm1(typical)), sharpness, typical)
+    unit = -torch.expm1(typical)
+    if unbiased:
+        unit = unit * torch.exp(typical / 2).clamp(min=1e-15)
+    return _Scales(_not_zero(unit), sharpness, typical)
 
 
 def _gram_into(
@@ -1263,6 +1268,8 @@ def _strips(
     """First problem and row, and number of both, of what the workspace holds at a time."""
     line = 4 * layers * n
     height = max(1, WORKSPACE // (line * block)) * block
+    if n > 1024:  # never a whole matrix
+        height = min(height, triton.cdiv(n, 8 * block) * block)
     at_once = max(1, WORKSPACE // (line * n)) if height >= n else 1
     for problem in range(0, problems, at_once):
         for row in range(0, n, height):
@@ -1375,7 +1382,8 @@ def forward(
 
     norms = [_norms(x, centre, rows) for x, centre in zip(made, centres, strict=True)]
     scales = [
-        _scales(norms[i], rows, bandwidths[i] if bandwidths else None) for i in range(len(made))
+        _scales(norms[i], rows, bandwidths[i] if bandwidths else None, unbiased)
+        for i in range(len(made))
     ]
     unit = torch.stack([scale.unit for scale in scales])
     sums = empty(len(made), problems, n) if bandwidths else torch.stack(norms) / unit[..., None]
@@ -1720,7 +1728,7 @@ def _backward_by_strips(
     centres = [_centre(layers[i], rows) for i in needed]
     norms = [_norms(layers[i], c, rows) for i, c in zip(needed, centres, strict=True)]
     scales = [
-        _scales(norm, rows, bandwidths[i] if bandwidths else None)._replace(unit=unit[i])
+        _scales(norm, rows, bandwidths[i] if bandwidths else None, unbiased)._replace(unit=unit[i])
         for i, norm in zip(needed, norms, strict=True)
     ]
     shifts: tuple[Tensor | None, Tensor | None] = (None, None)

@@ -75,6 +75,10 @@ struct Call {
             layer.stride[1] = x.stride(1);
             if (problem.rbf) layer.sigma = bandwidths.at(l);
             if (l >= made) {
+                if (grams->scalar_type() != dtype || !grams->is_contiguous() ||
+                    grams->numel() != grams->size(0) * problem.problems * problem.n * problem.n) {
+                    throw std::runtime_error("kdfast: grams are of another call");
+                }
                 const int64_t matrix = problem.problems * problem.n * problem.n;
                 layer.gram = static_cast<char*>(grams->data_ptr()) + (l - made) * matrix * size;
             }
@@ -233,8 +237,10 @@ struct Call {
                 const double mean = 2 * sum / double(rows[p].count - 1);
                 double variance = layers[l].sigma * layers[l].sigma;
                 if (layers[l].sigma == 0) variance = mean == 0 ? 1 : mean;
-                const double spread = -std::expm1(-0.5 * mean / variance);
-                put(layers[l].unit, p, spread == 0 ? 1 : spread);
+                double unit = -std::expm1(-0.5 * mean / variance);
+                if (problem.unbiased) unit *= std::max(std::exp(-0.25 * mean / variance), 1e-15);
+                put(layers[l].unit, p, unit);
+                if (real(layers[l].unit, p) == 0) put(layers[l].unit, p, 1);
             }
         }
     }
@@ -350,7 +356,8 @@ struct Call {
         find_norms(true);
         // A problem is divided by rows where there are too few for all threads.
         const int64_t many = int64_t(busy.size());
-        const int64_t parts = many >= 4 * threads || many == 0 ? 1 : up(2 * threads, many);
+        const int64_t parts = many >= 4 * threads || many == 0 ? 1
+                              : up(many < threads ? threads : 2 * threads, many);
         struct Share {
             int64_t problem, begin, end;
             char* sums;
@@ -440,7 +447,6 @@ struct Call {
                     cross += sums[i * count + a] * sums[j * count + a];
                 }
                 to[1] = to[0];
-                if (problem.unbiased && !problem.rbf) to[1] += cross;  // the diagonal
                 to[0] += -2 / rows_less * cross + all[i] * all[j] / total_by;
             }
         });

@@ -318,9 +318,11 @@ static void gram_finish(const Problem& problem, int64_t l, int64_t index, Real* 
                         int64_t parts) {
     const Layer& layer = problem.layer[l];
     const int64_t n = problem.rows[index].count, stride = problem.n;
-    const int64_t width = Panels<Real>(n).columns(), size = padded(n) * width;
+    // Parts lie as far apart as those of a problem without dropped rows.
+    const int64_t step = padded(problem.n) * Panels<Real>(problem.n).columns();
+    const int64_t width = Panels<Real>(n).columns();
     for (int64_t part = 1; part < parts; part++) {
-        for (int64_t i = 0; i < size; i++) sums[i] += sums[part * size + i];
+        for (int64_t i = 0; i < padded(n) * width; i++) sums[i] += sums[part * step + i];
     }
     double trace = 0;
     for (int64_t r = 0; r < n; r++) trace += double(sums[r * width + r]);
@@ -409,8 +411,8 @@ static void gram_inner(const Problem& problem, int64_t index, int64_t begin, int
             const Pair& pair = problem.pair[k];
             if (problem.unbiased && pair.i != pair.j) continue;
             const Real *x = row(pair.i), *y = row(pair.j);
-            inner[2 * k + 1] += 2 * inner_product<Real>(x + beside, y + beside, left) +
-                                double(x[a]) * double(y[a]);
+            inner[2 * k + 1] += 2 * inner_product<Real>(x + beside, y + beside, left);
+            if (!problem.unbiased) inner[2 * k + 1] += double(x[a]) * double(y[a]);
         }
         if (!problem.unbiased) continue;
         for (int64_t l = 0; l < problem.layers; l++) {
@@ -770,7 +772,7 @@ struct Rbf {
         double variance = layer.sigma * layer.sigma;
         if (layer.sigma == 0) variance = mean == 0 ? 1 : mean;
         middle = Real(mean);
-        half = Real(0.5 / variance);
+        half = Real(0.5 / variance < 1e37 ? 0.5 / variance : 1e37);
         level = Real(__builtin_exp(-0.5 * mean / variance));
         unit = static_cast<Real*>(layer.unit)[index];
         slope = 2 / (variance * double(unit));

@@ -68,7 +68,7 @@ struct Sums {
     const float value = apart - 2.f / (n - 2) * diagonal +
                         trace * other_trace / (float(n - 1) * float(n - 2));
     constexpr float EPS = 1.1920928955078125e-7f;
-    return own && value <= 2.f * EPS * n * (apart + diagonal) ? 0.f : value;
+    return own && value <= 2.f * EPS * n * apart ? 0.f : value;
   }
 };
 

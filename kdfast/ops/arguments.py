@@ -132,12 +132,17 @@ def boolean_mask(
     return mask > 0
 
 
-def no_teacher_grad(operator: str, named: Iterable[tuple[str, Tensor]], teacher_grad: bool) -> None:
+def no_teacher_grad(
+    operator: str, named: Iterable[tuple[str, Tensor]], teacher_grad: bool | None
+) -> None:
+    """`teacher_grad` is None where there is no such argument."""
     for name, x in named:
         if x.requires_grad and not teacher_grad and torch.is_grad_enabled():
+            remedy = f"run the teacher under torch.no_grad() or pass {name}.detach()"
+            if teacher_grad is not None:
+                remedy = remedy.replace(" or", ",") + ", or set teacher_grad=True"
             raise ValueError(
-                f"{operator}: {name} requires grad, but the teacher gets no gradient; run the "
-                f"teacher under torch.no_grad(), pass {name}.detach(), or set teacher_grad=True"
+                f"{operator}: {name} requires grad, but the teacher gets no gradient; {remedy}"
             )
 
 

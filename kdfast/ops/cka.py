@@ -99,8 +99,9 @@ def cka(
             backward.
         estimator: "biased" (n >= 2) or "unbiased" (n >= 4).
         teacher_grad: give x_t a gradient too. By default an x_t that requires grad is refused.
-        backend: "auto" | "reference" | "cpp" | "triton" | "cuda". The reference of "rbf" keeps
-            n x n matrices.
+        backend: "auto" | "reference" | "cpp" | "triton" | "cuda". Linear kernels are computed from
+            n x n or d x d matrices, whichever needs fewer multiplications. The kernels keep no
+            n x n matrix for n > 1024, nor for "rbf"; the reference does, on that side.
 
     Returns:
         [...], for sequences [pairs, ...]; float32, float64 for float64 inputs.
@@ -342,6 +343,7 @@ class CKATeacher:
         names = ["layers_t"] if single else [f"layers_t[{j}]" for j in range(len(layers))]
         layers = arguments.floating(op, zip(names, layers, strict=True))
         options = _check_options(op, names, layers, mask, kernel, bandwidth, estimator)
+        arguments.no_teacher_grad(op, list(zip(names, layers, strict=True)), None)
         self.layers_t = [x.detach() for x in layers]
         self._single = single
         self._options: dict[str, Any] = {**options, "backend": backend}
@@ -514,6 +516,8 @@ def _check_bandwidth(op: str, kernel: str, bandwidth: Any) -> Bandwidth:
 #   linear   G = X_c X_c^T / unit,                     unit = |X_c|^2 (squared Frobenius norm)
 #   rbf      G = (exp(-|x_i - x_j|^2 / 2σ²) - c) / unit, c = exp(-m / 2σ²), unit = 1 - c, m being
 #            the mean squared distance of two different valid rows, and σ² = m for a bandwidth of 0
+#            For unbiased, which leaves out the diagonal of ones, times max(exp(-m / 4σ²), 1e-15):
+#            narrow kernels have nothing else that is not tiny.
 #   unit     1 where that would be 0
 #
 # (the constant c goes when G is centred, and with it the digits that all entries share),
@@ -567,7 +571,9 @@ def _fake_forward(
     else:
         kept = len(made) * problems * n
     means = problems * sum(x.shape[-1] for x in made)
-    shapes = ([len(pairs) // 2, problems], [len(made), problems], [means * keep], [kept * keep])
+    if not keep:  # no product with a bool: PyTorch 2.11 refuses it of symbolic sizes
+        means = kept = 0
+    shapes = ([len(pairs) // 2, problems], [len(made), problems], [means], [kept])
     return tuple(first.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
@@ -698,15 +704,18 @@ def _terms(
 
     grams = own_t = None
     if terms_t is not None:
-        if side not in terms_t:
-            # The teacher alone, whose layers count from 0.
-            known, _, _, kept = _FORWARD[backend](
-                layers[many_s:], None, mask, [i for j in range(many_t) for i in (j, j)],
-                bandwidths[many_s:], side, unbiased, side == "gram",
-            )  # fmt: skip
+        key = f"{backend} {side} {layers[0].dtype}"  # autocast may promote one call only
+        if key not in terms_t:
+            # The teacher alone, whose layers count from 0. What is made in inference mode could not
+            # serve a later call with gradients.
+            with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode(False):
+                known, _, _, kept = _FORWARD[backend](
+                    layers[many_s:], None, mask, [i for j in range(many_t) for i in (j, j)],
+                    bandwidths[many_s:], side, unbiased, side == "gram",
+                )  # fmt: skip
             shape = (many_t, problems, n, n)
-            terms_t[side] = (known, kept.view(shape) if side == "gram" else None)
-        own_t, grams = terms_t[side]
+            terms_t[key] = (known, kept.view(shape) if side == "gram" else None)
+        own_t, grams = terms_t[key]
         pairs = pairs[: 2 * (len(cross) + many_s)]
     inner, unit = _Inner.apply(
         operator, backend, pairs, bandwidths, side, unbiased, mask, grams, *layers
@@ -805,6 +814,8 @@ def _refused_by_cuda(operator: str, arguments: dict[str, Any]) -> str | None:
     cross = [(i, many + i) for i in range(many)]
     if operator.endswith("matrix"):
         cross = [(i, many + j) for i in range(many) for j in range(len(layers_t))]
+        if max(many, len(layers_t)) > 200:
+            return f"there are {max(many, len(layers_t))} layers, more than 200"
     own = [] if operator == "hsic" else [(i, i) for i in range(len(layers))]
     pairs = [i for pair in (*cross, *own) for i in pair]
     widths = [x.shape[-1] for x in layers]

@@ -238,12 +238,14 @@ def _terms(
         return terms, own
 
     terms_of_s, own_s = one(layers_s, sigma_s)
-    key = "feature" if feature_side else "gram"
+    key = f"reference {'feature' if feature_side else 'gram'} {layers_t[0].dtype}"
     if terms_t is None:
         terms_of_t, own_t = one(layers_t, sigma_t)
     else:
         if key not in terms_t:
-            terms_t[key] = one(layers_t, sigma_t)
+            # What is made in inference mode could not serve a later call with gradients.
+            with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode(False):
+                terms_t[key] = one(layers_t, sigma_t)
         terms_of_t, own_t = terms_t[key]
     terms = [*terms_of_s, *terms_of_t]
     if feature_side:

@@ -705,6 +705,73 @@ def test_teacher_that_requires_grad_is_refused_when_gradients_are_on():
     assert torch.count_nonzero(y.grad)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("shape", [(1, 64, 4096), (3, 64, 1024), (4, 40, 2048)], ids=str)
+@estimators
+def test_masked_rows_of_few_wide_problems_are_dropped_on_any_number_of_threads(
+    threads, shape, estimator
+):
+    x = features(*shape, dtype=torch.float32).requires_grad_()
+    y = features(*shape[:2], 1500, dtype=torch.float32)
+    mask = torch.rand(shape[:2]) < 0.6
+    mask[:, :4] = True
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        value = cka(x, y, mask=mask, estimator=estimator)
+        (grad,) = torch.autograd.grad(value.sum(), x)
+    finally:
+        torch.set_num_threads(before)
+    exact = x.detach().double().requires_grad_()
+    expected = cka(exact, y.double(), mask=mask, estimator=estimator, backend="reference")
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    (expected,) = torch.autograd.grad(expected.sum(), exact)
+    assert (grad - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("bandwidth", [1.7, 1.85, 1.9, 2.5, 5.0, 1e4])
+def test_unbiased_rbf_far_narrower_than_the_distances_is_finite_and_right(bandwidth):
+    x, y = features(97, 257, dtype=torch.float32), features(97, 33, dtype=torch.float32)
+    options = {"kernel": "rbf", "estimator": "unbiased", "bandwidth": (bandwidth, 20.0)}
+    leaves = [x.requires_grad_(), x.detach().double().requires_grad_()]
+    values = [cka(leaf, y.to(leaf.dtype), **options) for leaf in leaves]
+    torch.testing.assert_close(values[0].double(), values[1], rtol=1e-3, atol=1e-5)
+    grads = [torch.autograd.grad(v, leaf)[0] for v, leaf in zip(values, leaves, strict=True)]
+    assert (grads[0] - grads[1]).norm() <= 0.1 * grads[1].norm()
+
+
+def test_unbiased_cka_of_a_row_that_dwarfs_the_others_does_not_vanish():
+    x = features(64, 128, dtype=torch.float32)
+    x[0] += 300
+    y = features(64, 40, dtype=torch.float32, shared=x)
+    expected = cka(x.double(), y.double(), estimator="unbiased")
+    value = cka(x, y, estimator="unbiased").double()
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-4)
+
+
+def test_teacher_kept_in_inference_mode_serves_training():
+    x, y = features(3, 16, 8).requires_grad_(), features(3, 16, 5)
+    teacher = CKATeacher(y)
+    with torch.inference_mode():
+        teacher.cka(x)
+    (grad,) = torch.autograd.grad(teacher.cka(x).sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(cka(x, y).sum(), x)[0])
+
+
+def test_teacher_kept_in_one_dtype_serves_another_under_autocast():
+    x, y = features(3, 16, 64, dtype=torch.float32), features(3, 16, 64, dtype=torch.float32)
+    teacher = CKATeacher(y)
+    expected = teacher.cka(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = teacher.cka(x.double())
+    torch.testing.assert_close(value.float(), expected)
+
+
+def test_teacher_that_requires_grad_is_not_kept():
+    with pytest.raises(ValueError, match="CKATeacher: layers_t requires grad"):
+        CKATeacher(features(5, 3).requires_grad_())
+
+
 # Errors
 
 

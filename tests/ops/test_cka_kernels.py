@@ -695,7 +695,7 @@ def test_what_a_kernel_cannot_serve_it_refuses_with_a_reason(kernel):
 # The contract
 
 
-def dense_layers(layers, grams, mask, bandwidths):
+def dense_layers(layers, grams, mask, bandwidths, unbiased):
     """Of each layer in float64: valid rows, G, unit, centred features, and what dG becomes."""
     count, n = layers[0].shape[:2]
     valid = torch.ones(count, n, dtype=torch.bool) if mask is None else mask
@@ -715,6 +715,8 @@ def dense_layers(layers, grams, mask, bandwidths):
             variance = torch.where(variance == 0, 1.0, variance)
             constant = (-typical / (2 * variance)).exp()
             size = 1 - constant
+            if unbiased:
+                size = size * (-typical / (4 * variance)).exp().clamp(min=1e-15)
             weight = (-squared / (2 * variance)[:, None, None]).exp()
             gram = weight - constant[:, None, None]
             weight = -weight / (2 * variance)[:, None, None]
@@ -738,7 +740,7 @@ def dense_centred(gram, rows, entries, unbiased):
 
 def dense_forward(layers, grams, mask, pairs, bandwidths, side, unbiased, keep):
     dtype = torch.promote_types(layers[0].dtype, torch.float32)
-    rows, entries, made = dense_layers(layers, grams, mask, bandwidths)
+    rows, entries, made = dense_layers(layers, grams, mask, bandwidths, unbiased)
     known = [] if grams is None else list(grams.double())
     all_grams = [gram for gram, *_ in made] + known
     centred = [dense_centred(gram, rows, entries, unbiased) for gram in all_grams]
@@ -771,7 +773,7 @@ def dense_forward(layers, grams, mask, pairs, bandwidths, side, unbiased, keep):
 def dense_backward(
     grad_inner, unit, means, kept, layers, grams, mask, pairs, bandwidths, side, unbiased, wanted
 ):
-    rows, entries, made = dense_layers(layers, grams, mask, bandwidths)
+    rows, entries, made = dense_layers(layers, grams, mask, bandwidths, unbiased)
     known = [] if grams is None else list(grams.double())
     centred = [
         dense_centred(gram, rows, entries, unbiased) for gram in [m[0] for m in made] + known
