@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdfast.ops import attention_kl, attention_map_kl, dispatch
+from kdfast.ops import attention_kl, attention_map_kl, cka, dispatch
 
 pytestmark = pytest.mark.gpu
 directions = pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
@@ -181,3 +181,57 @@ def test_more_map_rows_than_32_bits_count_are_served():
     rows = attention_map_kl(map_s, map_t, reduction="none", backend="triton").flatten()
     found = torch.stack([*rows[:-1].aminmax(), rows[-1]]).cpu()
     torch.testing.assert_close(found, torch.tensor([2.0, 2.0, 4.0]).log())
+
+
+CKA_SHAPES = {  # by the side they take: problems, rows, width, options
+    "tiles": (130, 64, 96, {}),
+    "tiles, rbf": (2, 200, 48, {"kernel": "rbf"}),
+    "gram": (2, 64, 4096, {}),
+    "feature": (2, 700, 48, {}),
+}
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("side", CKA_SHAPES)
+def test_cka_captured_in_a_cuda_graph(side, estimator):
+    problems, n, d, options = CKA_SHAPES[side]
+    mask = torch.ones(problems, n, dtype=torch.bool, device="cuda")
+    shorter = mask.clone()
+    shorter[1, n // 2 :] = False
+
+    def features():
+        return [torch.randn(problems, n, d, device="cuda").bfloat16() for _ in "st"]
+
+    both = features()
+
+    def step():
+        x_s = both[0].detach().requires_grad_()
+        value = cka(x_s, both[1], mask=mask, estimator=estimator, backend="triton", **options)
+        return [value.detach(), *torch.autograd.grad(value.sum(), x_s)]
+
+    assert_replay_equals_eager(step, [*both, mask], [*features(), shorter])
+
+
+@pytest.mark.parametrize("side", CKA_SHAPES)
+def test_features_past_32_bits_are_served(side):
+    needs_memory(6)
+    problems, n, d, options = CKA_SHAPES[side]
+    small = [torch.randn(problems, n, d, device="cuda").bfloat16() for _ in "st"]
+    memory = torch.empty(PAST_32_BITS + small[0].numel(), dtype=torch.bfloat16, device="cuda")
+    far = {
+        "problems": (PAST_32_BITS // (problems - 1) // 16 * 16, d, 1),
+        "rows": (d, PAST_32_BITS // (n - 1) // 16 * 16, 1),
+    }
+
+    def value_and_gradient(x_s, x_t):
+        x_s = x_s.detach().requires_grad_()
+        value = cka(x_s, x_t, backend="triton", **options)
+        return [value.detach(), *torch.autograd.grad(value.sum(), x_s)]
+
+    expected = value_and_gradient(*small)
+    for name, strides in far.items():
+        for index in range(2):
+            inputs = list(small)
+            inputs[index] = memory.as_strided(small[0].shape, strides).copy_(small[index])
+            for ours, theirs in zip(value_and_gradient(*inputs), expected, strict=True):
+                assert torch.equal(ours, theirs), (name, index)
