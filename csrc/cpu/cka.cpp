@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -339,8 +340,7 @@ struct Call {
         });
     }
 
-    // What turns the inner product of G_i and G_j without centring, or (of linear kernels) of
-    // centred features, into the unbiased one; r are the sums of rows, without the diagonal.
+    // What |X_i^T X_j|^2 lacks of the unbiased inner product; see kdfast/reference/cka.py.
     double feature_correction(const Layer& i, const Layer& j, int64_t p, double total_i,
                               double total_j) const {
         const double n = double(rows[p].count);

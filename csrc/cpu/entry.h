@@ -33,8 +33,8 @@ inline void use_large_pages(void* start, int64_t bytes) {
 #endif
 }
 
-// Has pages ready for memory that is about to be written: in one call of the system instead of a
-// fault for each page. Larger memory is new each time.
+// Has pages ready for memory that is about to be written and is larger than malloc keeps, so new: in
+// one call of the system instead of a fault for each page.
 inline void touch_pages(void* start, int64_t bytes) {
 #ifdef __linux__
     constexpr int POPULATE_WRITE = 23;  // since Linux 5.14; earlier ones refuse

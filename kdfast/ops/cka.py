@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import arguments, dispatch, library
-from kdfast.reference.cka import MINIMUM_ROWS, cheaper_side, pair_indices
+from kdfast.reference.cka import MINIMUM_ROWS, cheaper_side, pair_indices, ratio
 
 KERNELS = ("linear", "rbf")
 
@@ -308,7 +308,7 @@ class MinibatchCKA:
         if self._sums is None:
             raise RuntimeError("MinibatchCKA.compute: no batch yet; call update first")
         cross, own_s, own_t = self._sums
-        return _ratio(cross, own_s.unsqueeze(-1), own_t)
+        return ratio(cross, own_s.unsqueeze(-1), own_t)
 
     def reset(self) -> None:
         """Forget all batches."""
@@ -565,8 +565,7 @@ def _fake_forward(
         kept = len(made) * problems * n * n
     elif side == "feature":
         kept = problems * sum(
-            layers[i].shape[-1] * layers[j].shape[-1]
-            for i, j in zip(pairs[::2], pairs[1::2], strict=True)
+            layers[i].shape[-1] * layers[j].shape[-1] for i, j in pair_indices(pairs)
         )
     else:
         kept = len(made) * problems * n
@@ -725,14 +724,6 @@ def _terms(
     return between, own_s, found if own_t is None else own_t, unit
 
 
-def _ratio(cross: Tensor, own_s: Tensor, own_t: Tensor) -> Tensor:
-    """CKA; 0 with zero gradient where a layer's own term is 0."""
-    squared = own_s * own_t
-    undefined = squared <= 0  # false for NaN, which must come out again
-    value = cross / squared.masked_fill(undefined, 1.0).sqrt()
-    return value.masked_fill(undefined, 0.0)
-
-
 def _serve_hsic(backend: str, *, x: Tensor, y: Tensor, **options: Any) -> Tensor:
     inner, _, _, unit = _terms(
         "hsic", backend, [x], [y], [(0, 1)], own=False, teacher_grad=True, **options
@@ -751,7 +742,7 @@ def _serve_cka(
     if operator == "gram_distance":
         options["estimator"] = "biased"
     inner, own_s, own_t, _ = _terms(operator, backend, layers_s, layers_t, cross, **options)
-    value = _ratio(inner, own_s, own_t)
+    value = ratio(inner, own_s, own_t)
     if operator == "gram_distance":
         value = (2 - 2 * value).masked_fill(own_s * own_t <= 0, 0.0)
     value = value.reshape(many, *layers_s[0].shape[:-2])
@@ -772,7 +763,7 @@ def _serve_matrix(
     leading = layers_s[0].shape[:-2]
     inner = inner.view(many_s, many_t, -1)
     if operator == "cka_matrix":
-        value = _ratio(inner, own_s.unsqueeze(1), own_t)
+        value = ratio(inner, own_s.unsqueeze(1), own_t)
         return value.permute(2, 0, 1).reshape(*leading, many_s, many_t)
     unit_s, unit_t = unit.split([many_s, many_t])
     factor = _normaliser(layers_s[0].shape[-2], options["mask"], options["estimator"], unit.dtype)

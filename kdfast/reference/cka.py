@@ -111,7 +111,7 @@ def _by_pairs(x_s: Layers, x_t: Layers, **options: Any) -> tuple[Tensor, Tensor]
     cross = [(i, len(layers_s) + i) for i in range(len(layers_s))]
     found = _terms(layers_s, layers_t, cross, **options)
     sides = list(zip(found.own_s, found.own_t, strict=True))
-    values = [_ratio(inner, *own) for inner, own in zip(found.cross, sides, strict=True)]
+    values = [ratio(inner, *own) for inner, own in zip(found.cross, sides, strict=True)]
     undefined = [own_s * own_t <= 0 for own_s, own_t in sides]
     if isinstance(x_s, Tensor):
         return values[0], undefined[0]
@@ -138,7 +138,7 @@ def cka_matrix(
         estimator=estimator, teacher_grad=teacher_grad, terms_t=terms_t, side=side,
     )  # fmt: skip
     values = [
-        _ratio(inner, found.own_s[i], found.own_t[j - many_s])
+        ratio(inner, found.own_s[i], found.own_t[j - many_s])
         for inner, (i, j) in zip(found.cross, cross, strict=True)
     ]
     return torch.stack(values, dim=-1).unflatten(-1, (many_s, many_t))
@@ -390,7 +390,7 @@ def _vanishes(own: Tensor, size: Tensor, rows: _Rows) -> Tensor:
     return own <= 2 * torch.finfo(own.dtype).eps * rows.count * size
 
 
-def _ratio(cross: Tensor, own_s: Tensor, own_t: Tensor) -> Tensor:
+def ratio(cross: Tensor, own_s: Tensor, own_t: Tensor) -> Tensor:
     """CKA; 0 with zero gradient where a self term is 0 (no 0/0 on the untaken branch)."""
     squared = own_s * own_t
     undefined = squared <= 0  # false for NaN, which must come out again
