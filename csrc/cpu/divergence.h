@@ -62,12 +62,10 @@ static NOINLINE Vec<Real> close_forward(const Real* e_s, const Real* e_t, int64_
     return total<Real, ACROSS>(sum) / rows.sum_t;
 }
 
-// `ratio` is (s_s - m_s) - (s_t - m_t).
+// `ratio` is (s_s - m_s) - (s_t - m_t), `shift` log(l_t / l_s).
 template <class Real, bool ACROSS>
 static NOINLINE Vec<Real> close_reverse(const Real* e_s, const Real* ratio, int64_t n, int64_t step,
-                                        const Rows<Real>& rows) {
-    const Vec<Real> shift =
-        logarithm<Real>(rows.sum_t / rows.sum_s, (rows.sum_t - rows.sum_s) / rows.sum_s);
+                                        Vec<Real> sum_s, Vec<Real> shift) {
     const Vec<Real> most = splat<Real>(-Types<Real>::LEAST_EXP);
     Vec<Real> sum = {};
     for (int64_t j = 0; j < n; j++) {
@@ -79,12 +77,16 @@ static NOINLINE Vec<Real> close_reverse(const Real* e_s, const Real* ratio, int6
         for (int i = sizeof(Real) == 8 ? 15 : 9; i >= 3; i--) {
             series = series * x * (Real(1) / i) + Real(1);
         }
-        Ints<Real> none;
-        const Vec<Real> far = exponential<Real>(x > most ? most : x, none) - Real(1) - x;
+        Vec<Real> terms = x * x / Real(2) * series;
         const Ints<Real> near = (x < Real(0.5)) & (x > Real(-0.5));
-        sum += s * zero_where<Real>(s == Real(0), near ? x * x / Real(2) * series : far);
+        if (any<Real>(~near)) {
+            Ints<Real> none;
+            const Vec<Real> far = exponential<Real>(x > most ? most : x, none) - Real(1) - x;
+            terms = near ? terms : far;
+        }
+        sum += s * zero_where<Real>(s == Real(0), terms);
     }
-    return total<Real, ACROSS>(sum) / rows.sum_s;
+    return total<Real, ACROSS>(sum) / sum_s;
 }
 
 // From n vectors of scores, `step` apart, to the rows' divergence; rows.max_* are given. What
@@ -150,16 +152,18 @@ static NOINLINE void divergence(Real* s, const Real* scores_t, Real* t, int64_t 
         return;
     }
     rows.inner = Vec<Real>{};
+    Vec<Real> shift = {};
     if (D == FORWARD) {
         rows.value = sum / sum_t + logarithm<Real>(sum_s / sum_t, (sum_s - sum_t) / sum_t);
     } else {
-        rows.value = sum / sum_s + logarithm<Real>(sum_t / sum_s, (sum_t - sum_s) / sum_s);
+        shift = logarithm<Real>(sum_t / sum_s, (sum_t - sum_s) / sum_s);
+        rows.value = sum / sum_s + shift;
     }
     if (ACROSS && any<Real>(lost)) return;
     const Ints<Real> close = (rows.value < CLOSE<Real>)&lanes & ~lost;
     if (!any<Real>(close)) return;
     const Vec<Real> better = D == FORWARD ? close_forward<Real, ACROSS>(s, t, n, step, rows)
-                                          : close_reverse<Real, ACROSS>(s, t, n, step, rows);
+                                          : close_reverse<Real, ACROSS>(s, t, n, step, sum_s, shift);
     rows.value = close ? better : rows.value;
 }
 

@@ -7,6 +7,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <utility>
 
 #include "types.h"
@@ -102,6 +106,26 @@ static inline void store(Real* p, Vec<Real> x) {
     *reinterpret_cast<typename Types<Real>::Loose*>(p) = x;
 }
 
+// Past the caches, to a multiple of VECTOR_BYTES; `streams_end` comes before others read it.
+template <class Real>
+static inline void stream(Real* p, Vec<Real> x) {
+#if defined(__clang__)
+    __builtin_nontemporal_store(x, reinterpret_cast<Vec<Real>*>(p));
+#elif defined(__AVX512F__) && !defined(KDFAST_VECTOR_BYTES)
+    _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)x);
+#elif defined(__AVX__) && !defined(KDFAST_VECTOR_BYTES)
+    _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)x);
+#else
+    store<Real>(p, x);
+#endif
+}
+
+static inline void streams_end() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 template <class Real>
 static inline Vec<Real> splat(Real x) {
     return x - Vec<Real>{};  // x itself, -0 too
@@ -133,10 +157,11 @@ static inline Real sum(Vec<Real> x) {
 
 template <class Real>
 static inline bool any(Ints<Real> x) {
-    for (int i = 0; i < LANES<Real>; i++) {
-        if (x[i]) return true;
-    }
-    return false;
+    typedef int64_t Wide __attribute__((vector_size(VECTOR_BYTES)));
+    const Wide wide = (Wide)x;
+    int64_t all = 0;
+    for (int i = 0; i < VECTOR_BYTES / 8; i++) all |= wide[i];
+    return all != 0;
 }
 
 // e^x for x <= -LEAST_EXP, exactly 0 from LEAST_EXP downwards, where `none` is set. NaN gives NaN.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from kdfast.ops import arguments, dispatch
+from kdfast.ops import arguments, dispatch, library
 from kdfast.ops.attention_kl import REDUCTIONS
 
 MAXIMUM_LAYERS = 64
@@ -149,3 +153,304 @@ def _check_layers(
             )
     mask = arguments.boolean_mask(op, "mask", mask, shape[:-1], "[...]", layers[0].device)
     return layers[: len(layers_s)], layers[len(layers_s) :], mask
+
+
+# The kernels. They see layers [A, B, d] of any strides with a dense last dimension, one tensor per
+# layer, whose A B = N tokens are independent, and a bool mask [A, B]. With α_ij = softmax_j(scale
+# ⟨h_i, g_j⟩) and C_i = Σ_j α_ij g_j, as float32 (float64 for float64),
+#
+#   layer_projection_forward        -> C_i [A, B, d] of each student layer, in the dtype of the
+#                                      layers, and last of all α [A, B, L_s, L_t]; contiguous, 0 in
+#                                      masked tokens.
+#   layer_projection_backward       grad_projected, one [A, B, d] of any strides (dense last
+#                                      dimension) a student layer, grad_weights like α, and α ->
+#                                      the gradients of the layers `wanted` (student layers count
+#                                      from 0, those of the teacher follow), in the dtype of the
+#                                      layers, contiguous, 0 in masked tokens.
+#   layer_projection_loss_forward   -> rows ℓ [A, B, L_s], 0 in masked tokens.
+#   layer_projection_loss_backward  grad_rows [A, B, L_s], of any strides -> gradients as above. The
+#                                      weights are made again: every kernel has all layers of a
+#                                      token at hand, and reading α costs more than its sums.
+#   layer_projection_loss_fused     (cpp) both in one read: rows, and the gradients in the dtype of
+#                                      the statistics.
+#
+# `losses` is attend="losses". What masked tokens hold reaches nothing; NaN in a valid token reaches
+# that token alone. With u_i = ∂ℓ_i/∂C_i and D_i the derivative of ℓ_i where h_i stands in the
+# objective itself, times the upstream gradient of ℓ_i,
+#
+#   ∂α_ij = ⟨u_i, g_j⟩         dS_ij = scale α_ij (∂α_ij - Σ_k α_ik ∂α_ik)
+#   dh_i  = D_i + Σ_j dS_ij g_j        dg_j = Σ_i (α_ij u_i + dS_ij h_i)
+#
+#   mse       u = -2/d (h - C)                      D = -u
+#   cosine    u = (cos C/|C| - h/|h|) / |C|         D = (cos h/|h| - C/|C|) / |h|
+#   kl        u = p (log p/q - ℓ) / T               D = (q - p) / T,  p, q = softmax of C/T, h/T
+#
+# (norms of at least 1e-8 each, and no cos term where that is the norm). For attend="losses" the
+# same stand with g_j in place of C_i: m_ij = objective(h_i, g_j), ∂α_ij = m_ij,
+# D_i = Σ_j α_ij D_ij, and u_ij in place of u_i. h - C, h - g, and q - p are differences before they
+# are summed: exactly zero for a student that equals its teacher.
+
+
+def _fake_projection(
+    layers_s: list[Tensor], layers_t: list[Tensor], mask: Tensor | None, scale: float
+) -> list[Tensor]:
+    first = layers_s[0]
+    weights = first.new_empty(
+        (*first.shape[:-1], len(layers_s), len(layers_t)), dtype=_statistics(first)
+    )
+    return [*(x.new_empty(x.shape) for x in layers_s), weights]
+
+
+def _fake_projection_backward(*inputs: Any) -> list[Tensor]:
+    layers = [*inputs[3], *inputs[4]]
+    return [layers[i].new_empty(layers[i].shape) for i in inputs[-1]]
+
+
+def _fake_rows(layers_s: list[Tensor], *inputs: Any) -> Tensor:
+    first = layers_s[0]
+    return first.new_empty((*first.shape[:-1], len(layers_s)), dtype=_statistics(first))
+
+
+def _fake_backward(grad_rows: Tensor, *inputs: Any) -> list[Tensor]:
+    layers = [*inputs[0], *inputs[1]]
+    return [layers[i].new_empty(layers[i].shape) for i in inputs[-1]]
+
+
+def _fake_fused(grad_rows: Tensor, *inputs: Any) -> list[Tensor]:
+    gradients = _fake_backward(grad_rows, *inputs)
+    return [_fake_rows(inputs[0]), *(x.to(_statistics(x)) for x in gradients)]
+
+
+def _statistics(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+_LAYERS = "Tensor[] layers_s, Tensor[] layers_t, Tensor? mask"
+_LOSS = f"{_LAYERS}, str objective, bool losses, float scale, float temperature"
+_PROJECTION = library.define(
+    "layer_projection_forward", f"({_LAYERS}, float scale) -> Tensor[]", _fake_projection
+)
+_PROJECTION_BACKWARD = library.define(
+    "layer_projection_backward",
+    f"(Tensor[] grad_projected, Tensor grad_weights, Tensor weights, {_LAYERS}, float scale, "
+    "int[] wanted) -> Tensor[]",
+    _fake_projection_backward,
+)
+_FORWARD = library.define("layer_projection_loss_forward", f"({_LOSS}) -> Tensor", _fake_rows)
+_BACKWARD = library.define(
+    "layer_projection_loss_backward",
+    f"(Tensor grad_rows, {_LOSS}, int[] wanted) -> Tensor[]",
+    _fake_backward,
+)
+_FUSED = library.define(
+    "layer_projection_loss_fused",
+    f"(Tensor grad_rows, {_LOSS}, int[] wanted) -> Tensor[]",
+    _fake_fused,
+    ("cpp",),
+)
+
+
+class _Projection(torch.autograd.Function):
+    """C_i [A, B, d] of each student layer, and the weights [A, B, L_s, L_t]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, many_s: int, scale: float, mask: Tensor | None, *layers: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.backend, ctx.many_s, ctx.scale = backend, many_s, scale
+        *projected, weights = _PROJECTION[backend](
+            list(layers[:many_s]), list(layers[many_s:]), mask, scale
+        )
+        ctx.save_for_backward(*dispatch.kept(ctx, [mask, weights, *layers]))
+        return *projected, weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        mask, weights, *layers = dispatch.restored(ctx)
+        wanted = _wanted(ctx, layers)
+        *grad_projected, grad_weights = (_dense(x) for x in grads)
+        with torch.no_grad():
+            made = _PROJECTION_BACKWARD[ctx.backend](
+                grad_projected, grad_weights, weights,
+                layers[: ctx.many_s], layers[ctx.many_s :], mask, ctx.scale, wanted,
+            )  # fmt: skip
+        gradients = _placed(made, wanted, layers)
+        return (None,) * 4 + tuple(
+            dispatch.first_derivatives("layer_projection", gradients, layers)
+        )
+
+
+class _Loss(torch.autograd.Function):
+    """A scalar, or rows [A, B, L_s]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        fused: bool,
+        reduction: str,
+        many_s: int,
+        objective: str,
+        losses: bool,
+        scale: float,
+        temperature: float,
+        mask: Tensor | None,
+        *layers: Tensor,
+    ) -> Tensor:
+        ctx.backend, ctx.fused, ctx.reduction, ctx.many_s = backend, fused, reduction, many_s
+        ctx.options = (objective, losses, scale, temperature)
+        inputs = (list(layers[:many_s]), list(layers[many_s:]), mask, *ctx.options)
+        factor = _factor(layers[0], many_s, mask, reduction)
+        gradients: list[Tensor] = []
+        if fused and factor is not None:
+            wanted = _wanted(ctx, layers)
+            rows, *gradients = _FUSED[backend](_spread(factor, layers[0], many_s), *inputs, wanted)
+        else:
+            rows = _FORWARD[backend](*inputs)
+        # Beside the saved tensors, so that backward may scale the gradients where they lie; what
+        # packs saved tensors (offloading) does not see them.
+        compiling = torch.compiler.is_compiling()
+        ctx.made = None if compiling else gradients
+        extra = gradients if compiling else ()
+        ctx.save_for_backward(*dispatch.kept(ctx, [mask, factor, *layers, *extra]))
+        return rows if reduction == "none" else rows.sum() * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask, factor, *rest = dispatch.restored(ctx)
+        many = len(ctx.needs_input_grad) - 9
+        layers, saved = rest[:many], rest[many:]
+        many_s = ctx.many_s
+        inputs = (layers[:many_s], layers[many_s:], mask, *ctx.options)
+        wanted = _wanted(ctx, layers)
+        with torch.no_grad():
+            made, ctx.made = saved or ctx.made, None
+            if ctx.reduction == "none":
+                made = _BACKWARD[ctx.backend](grad, *inputs, wanted)
+            elif not made:  # not fused, or a second backward through one graph
+                made = _BACKWARD[ctx.backend](
+                    _spread(grad * factor, layers[0], many_s), *inputs, wanted
+                )
+            elif saved:
+                made = [(x * grad).to(layers[0].dtype) for x in made]
+            else:
+                if grad.device.type != "cpu" or grad != 1:
+                    torch._foreach_mul_(made, grad)
+                made = [x.to(layers[0].dtype) for x in made]
+        gradients = _placed(made, wanted, layers)
+        return (None,) * 9 + tuple(
+            dispatch.first_derivatives("layer_projection_loss", gradients, layers)
+        )
+
+
+def _factor(like: Tensor, many_s: int, mask: Tensor | None, reduction: str) -> Tensor | None:
+    """What the sum of all rows is multiplied by: 1 over their number for "mean"."""
+    dtype = _statistics(like)
+    if reduction == "none":
+        return None
+    if reduction == "sum":
+        return like.new_ones((), dtype=dtype)
+    if mask is None:
+        tokens = like.shape[0] * like.shape[1]
+        return like.new_full((), 1 / (max(tokens, 1) * many_s), dtype=dtype)
+    return 1 / (mask.sum().clamp(min=1) * many_s).to(dtype)
+
+
+def _spread(value: Tensor, like: Tensor, many_s: int) -> Tensor:
+    return value.expand(like.shape[0], like.shape[1], many_s)
+
+
+def _wanted(ctx: Any, layers: Sequence[Tensor]) -> list[int]:
+    return [i for i, needed in enumerate(ctx.needs_input_grad[-len(layers) :]) if needed]
+
+
+def _placed(
+    made: Sequence[Tensor], wanted: Sequence[int], layers: Sequence[Tensor]
+) -> list[Tensor | None]:
+    gradients: list[Tensor | None] = [None] * len(layers)
+    for i, gradient in zip(wanted, made, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _flat(
+    layers_s: list[Tensor], layers_t: list[Tensor], mask: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Layers as [A, B, d], views wherever two strides can tell where the tokens are."""
+    shape = layers_s[0].shape
+    if len(shape) < 3:
+        three = (1, math.prod(shape[:-1]), shape[-1])
+    else:
+        three = (math.prod(shape[:-2]), shape[-2], shape[-1])
+    layers = [_dense(x).reshape(three) for x in (*layers_s, *layers_t)]
+    if torch.compiler.is_compiling():  # refuses one tensor in two places
+        layers = dispatch.distinct(layers)
+    return layers, None if mask is None else mask.reshape(three[:2])
+
+
+def _serve_projection(
+    backend: str,
+    *,
+    layers_s: list[Tensor],
+    layers_t: list[Tensor],
+    scale: float,
+    mask: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    layers, mask = _flat(layers_s, layers_t, mask)
+    *projected, weights = _Projection.apply(backend, len(layers_s), scale, mask, *layers)
+    shape = layers_s[0].shape
+    return [x.view(shape) for x in projected], weights.view(*shape[:-1], *weights.shape[-2:])
+
+
+def _serve_loss(
+    backend: str,
+    *,
+    layers_s: list[Tensor],
+    layers_t: list[Tensor],
+    objective: str,
+    scale: float,
+    temperature: float,
+    mask: Tensor | None,
+    attend: str,
+    reduction: str,
+) -> Tensor:
+    layers, mask = _flat(layers_s, layers_t, mask)
+    # On a GPU the gradients would be written, read, and written again to be scaled: as many bytes
+    # as reading the layers twice.
+    fused = (
+        backend in _FUSED
+        and reduction != "none"
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in layers)
+    )
+    result: Tensor = _Loss.apply(
+        backend, fused, reduction, len(layers_s),
+        objective, attend == "losses", scale, temperature, mask, *layers,
+    )  # fmt: skip
+    shape = layers_s[0].shape
+    return result.view(*shape[:-1], len(layers_s)) if reduction == "none" else result
+
+
+def _kernel(operator: str, backend: str) -> dispatch.Kernel:
+    def load() -> Callable[..., Any]:
+        names = ["layer_projection_forward", "layer_projection_backward",
+                 "layer_projection_loss_forward", "layer_projection_loss_backward"]  # fmt: skip
+        if backend in _FUSED:
+            names.append("layer_projection_loss_fused")
+        library.load(backend, "layer_projection", names)
+        serve = _serve_projection if operator == "layer_projection" else _serve_loss
+        return functools.partial(serve, backend)
+
+    def refuses(*, layers_s: list[Tensor], **others: Any) -> str | None:
+        return library.refuses(backend, layers_s[0])
+
+    return dispatch.Kernel(load, refuses)
+
+
+for _backend in library.KERNEL_BACKENDS:
+    for _operator in ("layer_projection", "layer_projection_loss"):
+        dispatch.KERNELS[_operator, _backend] = _kernel(_operator, _backend)
