@@ -163,7 +163,8 @@ static NOINLINE void divergence(Real* s, const Real* scores_t, Real* t, int64_t 
     const Ints<Real> close = (rows.value < CLOSE<Real>)&lanes & ~lost;
     if (!any<Real>(close)) return;
     const Vec<Real> better = D == FORWARD ? close_forward<Real, ACROSS>(s, t, n, step, rows)
-                                          : close_reverse<Real, ACROSS>(s, t, n, step, sum_s, shift);
+                                          : close_reverse<Real, ACROSS>(s, t, n, step, sum_s,
+                                                                        shift);
     rows.value = close ? better : rows.value;
 }
 

@@ -34,7 +34,8 @@ struct Call {
     const Tensor& like;
     Tensors made;
 
-    Call(Pass pass, const Tensors& layers_s, const Tensors& layers_t, const Mask& mask, double scale)
+    Call(Pass pass, const Tensors& layers_s, const Tensors& layers_t, const Mask& mask,
+         double scale)
         : like(layers_s.at(0)) {
         problem.pass = pass;
         problem.scale = scale;

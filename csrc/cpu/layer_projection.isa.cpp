@@ -1,8 +1,8 @@
 // Attention of every student layer over all teacher layers, a group of tokens at a time.
 //
-// A group is one token, whose states lie across the lanes of vectors (ACROSS), or, for few features,
-// a token a lane. Either way a state is a column of vectors, a number of a token a vector (the same
-// in every lane, ACROSS), and all that is done to states are inner products, mixtures
+// A group is one token, whose states lie across the lanes of vectors (ACROSS), or, for few
+// features, a token a lane. Either way a state is a column of vectors, a number of a token a vector
+// (the same in every lane, ACROSS), and all that is done to states are inner products, mixtures
 //
 //     out_r = f_r own_r + sum_s w_rs source_s        e_r = f_r own_r - sum_s w_rs source_s
 //
@@ -212,8 +212,10 @@ static NOINLINE void totals(Vec<Real>* x, int64_t count) {
 template <class Real>
 static inline Vec<Real> root(Vec<Real> x) {
     Vec<Real> y;
-    for (int i = 0; i < LANES<Real>; i++) y[i] = sizeof(Real) == 8 ? Real(__builtin_sqrt(double(x[i])))
-                                                                  : Real(__builtin_sqrtf(float(x[i])));
+    for (int i = 0; i < LANES<Real>; i++) {
+        if constexpr (sizeof(Real) == 8) y[i] = __builtin_sqrt(x[i]);
+        else y[i] = __builtin_sqrtf(x[i]);
+    }
     return y;
 }
 
@@ -233,7 +235,8 @@ static Vec<Real> largest(const Real* x, int64_t end) {
 
 // Softmax of a row of numbers.
 template <class Real>
-static NOINLINE void softmax(const Vec<Real>* scores, int64_t count, Real scale, Vec<Real>* weights) {
+static NOINLINE void softmax(const Vec<Real>* scores, int64_t count, Real scale,
+                             Vec<Real>* weights) {
     Vec<Real> most = scores[0] * scale;
     for (int64_t j = 1; j < count; j++) {
         const Vec<Real> x = scores[j] * scale;
@@ -310,19 +313,19 @@ struct Group {
     // Groups of few features are read several at a time: layers that lie a multiple of 4096 bytes
     // apart would chase each other's lines, half read, from the caches.
     static constexpr int64_t MOST_GROUPS = ACROSS ? 1 : 16;
-    int64_t groups;                              // that are read together
-    int64_t first, group;                        // token of those; the one that is worked on
-    bool whole;                                  // every lane holds a token that takes part
-    int64_t place_of[MOST_GROUPS * lanes][2];    // of their tokens, in [A, B]
+    int64_t groups;                            // that are read together
+    int64_t first, group;                      // token of those; the one that is worked on
+    bool whole;                                // every lane holds a token that takes part
+    int64_t place_of[MOST_GROUPS * lanes][2];  // of their tokens, in [A, B]
     Ints<Real> valid_of[MOST_GROUPS];
 
     // States of all layers, upstream gradients of projected ones; outputs.
     const Real *states[2 * MOST], *upstream_states[MOST];
-    Real* columns;  // where states are copied to: one column a layer, then MORE
-    // Mixtures, or h - C; own parts of student gradients; an output; three of one row.
+    Real* columns;  // where states are copied to
+    // Mixtures, or h - C; own parts of student gradients; outputs; what kl needs of one row.
     Real *mixed[MOST], *own[MOST], *output[4], *s, *t, *ratio;
-    Real* normal[2 * MOST];       // for losses of kl: p, q of all layers
-    Real* logarithms[2 * MOST];   // and their logarithms
+    // For a mixture of losses of kl: q and p of all layers, and their logarithms.
+    Real *normal[2 * MOST], *logarithms[2 * MOST];
     // [L_s][L_t]
     Vec<Real> *scores, *weights, *gradients, *values, *student;
     Vec<Real>* teacher;  // [2 L_s][L_t]
@@ -336,8 +339,10 @@ struct Group {
         place(scratch);
     }
 
-    // Not a multiple of 4096: columns are read side by side.
-    int64_t column_bytes() const { return round_up(end * int64_t(sizeof(Real)), 64) + 64; }
+    // An odd number of lines: columns read side by side lie in different sets of the caches.
+    int64_t column_bytes() const {
+        return round_up(end * int64_t(sizeof(Real)) + 64, 128) + 64;
+    }
 
     // Lays everything out; bytes.
     int64_t place(char* scratch) {
@@ -397,8 +402,9 @@ struct Group {
             return to;
         }
         const bool same = problem.storage == F32 || problem.storage == F64;
-        const bool one_row = layer.stride[0] == problem.inner * layer.stride[1];
-        if (same && whole && layer.stride[1] == width && (one_row || problem.tokens == problem.inner)) {
+        const bool one_row = problem.tokens == problem.inner ||
+                             layer.stride[0] == problem.inner * layer.stride[1];
+        if (same && whole && one_row && layer.stride[1] == width) {
             const Real* x = reinterpret_cast<const Real*>(from(0));
             const char* next = reinterpret_cast<const char*>(x + groups * end);
             for (int64_t i = 0; i < groups * end * int64_t(sizeof(Real)); i += 64)
@@ -479,7 +485,8 @@ struct Group {
             if constexpr (ACROSS) {
                 x[i] = splat<Real>(from[i]);
             } else {
-                for (int64_t k = 0; k < lanes; k++) x[i][k] = valid[k] ? from[k * count + i] : Real(0);
+                for (int64_t k = 0; k < lanes; k++)
+                    x[i][k] = valid[k] ? from[k * count + i] : Real(0);
             }
         }
     }
@@ -599,10 +606,8 @@ struct Group {
     template <Kind KIND>
     void mix_states(int64_t from, int64_t to) {
         Output<Real> outputs[MOST];
-        for (int64_t i = 0; i < many_s; i++) outputs[i] = {mixed[i], states[i], splat<Real>(Real(1)), i};
-        if (KIND == PLAIN) {
-            for (int64_t i = 0; i < many_s; i++) outputs[i].own = nullptr;
-        }
+        for (int64_t i = 0; i < many_s; i++)
+            outputs[i] = {mixed[i], KIND == PLAIN ? nullptr : states[i], splat<Real>(Real(1)), i};
         mix<Real, KIND>(of_teachers(weights), outputs, many_s, from, to);
     }
 
@@ -718,7 +723,8 @@ struct Group {
         for (int64_t from = 0; from < end; from += CHUNK_VECTORS * lanes) {
             const int64_t to = least(from + CHUNK_VECTORS * lanes, end);
             mix_states<DIFFERENCE>(from, to);
-            for (int64_t i = 0; i < many_s; i++) sums[i] += inner<Real>(mixed[i], mixed[i], from, to);
+            for (int64_t i = 0; i < many_s; i++)
+                sums[i] += inner<Real>(mixed[i], mixed[i], from, to);
             if (gradient)
                 products<Real, false>(mixed, many_s, teachers(), many_t, from, to, gradients);
         }
@@ -793,7 +799,8 @@ struct Group {
     // to = from / T, absent where there are no features.
     NOINLINE void over_temperature(const Real* from, Real* to) const {
         const Real factor = Real(1 / problem.temperature);
-        for (int64_t at = 0; at < end; at += lanes) store<Real>(to + at, load<Real>(from + at) * factor);
+        for (int64_t at = 0; at < end; at += lanes)
+            store<Real>(to + at, load<Real>(from + at) * factor);
         if (ACROSS) {
             for (int64_t c = problem.width; c < end; c++) to[c] = -Real(__builtin_inf());
         }
@@ -965,13 +972,13 @@ struct Group {
 
     // mse and kl, whose gradients are of differences: of states, or of q and p.
     //
-    //     D_i = k_i sum_j alpha_ij (h_i - g_j), k = 2 / d, or k_i sum_j alpha_ij (q_i - p_j), k = 1 / T
+    //     D_i = k_i sum_j alpha_ij (h_i - g_j), k = 2 / d, or of (q_i - p_j), k = 1 / T
     //
     // and for the teacher, with c_j = sum_i k_i alpha_ij and weights w_ij = k_i alpha_ij / c_j,
     //
     //     c_j sum_i w_ij (g_j - h_i), or c_j p_j sum_i w_ij (log p_j - log q_i - m_ij)
     //
-    // (what is subtracted from is multiplied by the sum of weights, which is not 1 to the last digit)
+    // (what is subtracted from is multiplied by the weights' sum, not 1 to the last digit).
     void difference_gradients() {
         const bool kl = problem.objective == KL;
         const Real unit = kl ? Real(1 / problem.temperature) : Real(2) / Real(problem.width);
@@ -981,7 +988,8 @@ struct Group {
             Output<Real> outputs[MOST];
             for (int64_t i = 0; i < many_s; i++)
                 outputs[i] = {mixed[i], from[i], sum_of(weights + i * many_t, many_t), i};
-            mix<Real, DIFFERENCE>({from + many_s, many_t, weights, many_t, 1}, outputs, many_s, 0, end);
+            const Mixture<Real> teachers_of = {from + many_s, many_t, weights, many_t, 1};
+            mix<Real, DIFFERENCE>(teachers_of, outputs, many_s, 0, end);
             write_mixtures(of_teachers(student), 0, many_s,
                            [&](int64_t i) { return Own{mixed[i], factor[i]}; });
         }
