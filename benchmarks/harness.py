@@ -65,7 +65,7 @@ from torch import Tensor
 from kdfast.errors import BackendError, InputError
 from kdfast.ops import dispatch, library
 
-OPERATORS = ("attention_kl", "attention_map_kl", "cka")
+OPERATORS = ("attention_kl", "attention_map_kl", "cka", "layer_projection")
 PASSES = ("forward", "forward+backward", "backward")
 
 # An error below this is the rounding of the result itself: by dtype, of the loss and of a gradient.

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = ("attention_kl", "attention_map_kl", "cka", "layer_projection", "procrustes")
-WITH_KERNELS = ("attention_kl", "attention_map_kl", "cka")
+WITH_KERNELS = ("attention_kl", "attention_map_kl", "cka", "layer_projection")
 MAPPED = ("kernels", "benchmarks")  # top-level folders that are installed inside kdfast
 
 # What each room may import of kdfast, besides itself and the two bottom rooms.

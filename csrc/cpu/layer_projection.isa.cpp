@@ -4,7 +4,9 @@
 // features, a token a lane. Either way a state is a column of vectors, a number of a token a vector
 // (the same in every lane, ACROSS), and all that is done to states are inner products, mixtures
 //
-//     out_r = f_r own_r + sum_s w_rs source_s        e_r = f_r own_r - sum_s w_rs source_s
+//     out_r = f_r own_r + sum_s w_rs source_s
+//     out_r = own_r - sum_s w_rs source_s
+//     out_r = sum_s w_rs (own_r - source_s)
 //
 // and what the kl objective adds. Formulas of the gradients are in kdfast/ops/layer_projection.py.
 // A group's states are read once from memory, and then as often as needed from the caches.
@@ -106,8 +108,9 @@ struct Output {
     int64_t row;  // of the weights
 };
 
-// The second of the two above for DIFFERENCE; else the first, past the caches for STREAM.
-enum Kind { PLAIN, DIFFERENCE, STREAM };
+// The second of the above for DIFFERENCE, the third for DIFFERENCES; else the first, past the
+// caches for STREAM.
+enum Kind { PLAIN, DIFFERENCE, DIFFERENCES, STREAM };
 
 template <class Real, Kind KIND, int R, int V>
 static inline void mix_vectors(const Mixture<Real>& m, const Output<Real>* outputs, int64_t at) {
@@ -129,7 +132,13 @@ static inline void mix_vectors(const Mixture<Real>& m, const Output<Real>* outpu
             Vec<Real> factor = weights[r][w];
             hold(factor);
 #pragma GCC unroll 16
-            for (int v = 0; v < V; v++) sum[r][v] += factor * y[v];
+            for (int v = 0; v < V; v++) {
+                if (KIND == DIFFERENCES) {
+                    sum[r][v] += factor * (load<Real>(outputs[r].own + at + v * lanes) - y[v]);
+                } else {
+                    sum[r][v] += factor * y[v];
+                }
+            }
         }
     }
 #pragma GCC unroll 16
@@ -139,8 +148,8 @@ static inline void mix_vectors(const Mixture<Real>& m, const Output<Real>* outpu
         for (int v = 0; v < V; v++) {
             Vec<Real> x = sum[r][v];
             if (KIND == DIFFERENCE) {
-                x = o.factor * load<Real>(o.own + at + v * lanes) - x;
-            } else if (o.own != nullptr) {
+                x = load<Real>(o.own + at + v * lanes) - x;
+            } else if (KIND != DIFFERENCES && o.own != nullptr) {
                 x += o.factor * load<Real>(o.own + at + v * lanes);
             }
             if (KIND == STREAM) {
@@ -491,12 +500,6 @@ struct Group {
         }
     }
 
-    static Vec<Real> sum_of(const Vec<Real>* x, int64_t count) {
-        Vec<Real> sum = {};
-        for (int64_t i = 0; i < count; i++) sum += x[i];
-        return sum;
-    }
-
     NOINLINE void clear(Vec<Real>* x, int64_t count) const {
         for (int64_t i = 0; i < round_up(count, lanes); i++) x[i] = Vec<Real>{};
     }
@@ -607,7 +610,7 @@ struct Group {
     void mix_states(int64_t from, int64_t to) {
         Output<Real> outputs[MOST];
         for (int64_t i = 0; i < many_s; i++)
-            outputs[i] = {mixed[i], KIND == PLAIN ? nullptr : states[i], splat<Real>(Real(1)), i};
+            outputs[i] = {mixed[i], KIND == PLAIN ? nullptr : states[i], Vec<Real>{}, i};
         mix<Real, KIND>(of_teachers(weights), outputs, many_s, from, to);
     }
 
@@ -970,50 +973,47 @@ struct Group {
         return close ? better : value;
     }
 
-    // mse and kl, whose gradients are of differences: of states, or of q and p.
+    // mse and kl, whose gradients are of differences: of states, or of q and p. With k_i the upstream
+    // gradient times 2 / d or 1 / T,
     //
-    //     D_i = k_i sum_j alpha_ij (h_i - g_j), k = 2 / d, or of (q_i - p_j), k = 1 / T
+    //     D_i = k_i sum_j alpha_ij (h_i - g_j)           or of (q_i - p_j)
     //
-    // and for the teacher, with c_j = sum_i k_i alpha_ij and weights w_ij = k_i alpha_ij / c_j,
+    // and for the teacher
     //
-    //     c_j sum_i w_ij (g_j - h_i), or c_j p_j sum_i w_ij (log p_j - log q_i - m_ij)
-    //
-    // (what is subtracted from is multiplied by the weights' sum, not 1 to the last digit).
+    //     sum_i k_i alpha_ij (g_j - h_i)                 or p_j (log p_j - log q_i - m_ij)
     void difference_gradients() {
         const bool kl = problem.objective == KL;
         const Real unit = kl ? Real(1 / problem.temperature) : Real(2) / Real(problem.width);
-        const Real* const* from = kl ? const_cast<const Real* const*>(normal) : states;
         for (int64_t i = 0; i < many_s; i++) factor[i] = upstream[i] * unit;
         if (wants(0, many_s)) {
+            const Real* const* from = kl ? const_cast<const Real* const*>(normal) : states;
             Output<Real> outputs[MOST];
-            for (int64_t i = 0; i < many_s; i++)
-                outputs[i] = {mixed[i], from[i], sum_of(weights + i * many_t, many_t), i};
-            const Mixture<Real> teachers_of = {from + many_s, many_t, weights, many_t, 1};
-            mix<Real, DIFFERENCE>(teachers_of, outputs, many_s, 0, end);
+            for (int64_t i = 0; i < many_s; i++) outputs[i] = {mixed[i], from[i], Vec<Real>{}, i};
+            const Mixture<Real> of_them = {from + many_s, many_t, weights, many_t, 1};
+            mix<Real, DIFFERENCES>(of_them, outputs, many_s, 0, end);
             write_mixtures(of_teachers(student), 0, many_s,
                            [&](int64_t i) { return Own{mixed[i], factor[i]}; });
         }
         if (!wants(many_s, many_t)) return;
+        const Real* const* from = kl ? const_cast<const Real* const*>(logarithms) : states;
         for (int64_t j = 0; j < many_t; j++) {
             if (problem.out[many_s + j] == nullptr) continue;
-            Vec<Real> c = {}, value = {};
-            for (int64_t i = 0; i < many_s; i++) c += factor[i] * weights[i * many_t + j];
-            const Vec<Real> share = zero_where<Real>(c == Real(0), Real(1) / c);
+            Vec<Real>* weight = sums;
+            Vec<Real> value = {};
             for (int64_t i = 0; i < many_s; i++) {
-                norm_s[i] = factor[i] * weights[i * many_t + j] * share;
-                value += norm_s[i] * values[i * many_t + j];
+                weight[i] = factor[i] * weights[i * many_t + j];
+                value += weight[i] * values[i * many_t + j];
             }
-            const Real* const* sources =
-                kl ? const_cast<const Real* const*>(logarithms) : states;
-            Output<Real> difference = {mixed[0], sources[many_s + j], sum_of(norm_s, many_s), 0};
-            mix<Real, DIFFERENCE>({sources, many_s, norm_s, 0, 1}, &difference, 1, 0, end);
+            Output<Real> difference = {mixed[0], from[many_s + j], Vec<Real>{}, 0};
+            mix<Real, DIFFERENCES>({from, many_s, weight, 0, 1}, &difference, 1, 0, end);
             for (int64_t at = 0; kl && at < end; at += lanes) {
                 const Vec<Real> p = load<Real>(normal[many_s + j] + at);
                 const Vec<Real> x = p * (load<Real>(mixed[0] + at) - value);
                 store<Real>(mixed[0] + at, zero_where<Real>(p == Real(0), x));
             }
-            const Mixture<Real> m = {states, many_s, teacher + j, 0, many_t};
-            write_mixtures(m, many_s + j, 1, [&](int64_t) { return Own{mixed[0], c}; });
+            const Mixture<Real> of_students = {states, many_s, teacher + j, 0, many_t};
+            write_mixtures(of_students, many_s + j, 1,
+                           [&](int64_t) { return Own{mixed[0], splat<Real>(Real(1))}; });
         }
     }
 

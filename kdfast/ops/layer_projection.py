@@ -374,7 +374,8 @@ def _placed(
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    # Not contiguous(), which takes an empty tensor, or one of d = 1, for dense as it is.
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _flat(

@@ -6,6 +6,9 @@ import torch.nn.functional as F
 
 from kdfast.ops import layer_projection, layer_projection_loss
 
+pytestmark = pytest.mark.usefixtures("backend_on_cpu")
+
+OPERATOR = "layer_projection"
 OBJECTIVES = ("mse", "cosine", "kl")
 objectives = pytest.mark.parametrize("objective", OBJECTIVES)
 attends = pytest.mark.parametrize("attend", ["states", "losses"])
