@@ -185,7 +185,68 @@ def cka(architecture, dtypes, widths, directions, exhaustive):
                 call("tiles", dtype, 640, unbiased=unbiased, rbf=True, masked=False)
 
 
-MODULES = {"attention_kl": attention_kl, "attention_map_kl": attention_map_kl, "cka": cka}
+def layer_projection(architecture, dtypes, widths, directions, exhaustive):
+    """Tokens of every kind of program: few features, narrow, held on chip, wide, many layers."""
+    from kdfast.kernels import layer_projection as module
+
+    module.architecture = lambda device: architecture
+
+    def sides(dtype, d, many=(6, 12), strided=False):
+        layers = [torch.zeros(2, 3, d, dtype=dtype) for _ in range(sum(many))]
+        if strided:  # each layer by strides of its own
+            layers[0] = torch.zeros(2, 5, d, dtype=dtype)[:, :3]
+        return layers[: many[0]], layers[many[0] :], torch.ones(2, 3, dtype=torch.bool)
+
+    def project(*arguments, teacher=False, **options):
+        layers_s, layers_t, mask = sides(*arguments, **options)
+        *projected, weights = module.forward(layers_s, layers_t, mask, 0.5)
+        wanted = list(range(len(layers_s) + teacher * len(layers_t)))
+        module.backward(
+            projected, weights, weights, layers_s, layers_t, mask, 0.5, wanted
+        )  # fmt: skip
+
+    def loss(objective, *arguments, losses=False, teacher=False, **options):
+        layers_s, layers_t, mask = sides(*arguments, **options)
+        options = (layers_s, layers_t, mask, objective, losses, 0.5, 2.0)
+        rows = module.loss_forward(*options)
+        wanted = list(range(len(layers_s) + teacher * len(layers_t)))
+        module.loss_backward(torch.zeros(()).expand(rows.shape), *options, wanted)
+
+    for dtype in dtypes:
+        project(dtype, 768)
+        loss("mse", dtype, 768)
+        loss("mse", dtype, 768, teacher=True)
+        loss("mse", dtype, 768, losses=True)
+        loss("kl", dtype, 768)
+        loss("kl", dtype, 3, many=(6, 11))
+        loss("kl", dtype, 16, teacher=True)
+        loss("kl", dtype, 8192)
+        loss("mse", dtype, 128, many=(64, 64))
+        if not exhaustive:
+            continue
+        for teacher in (False, True):
+            for d in (3, 32, 100, 384, 768, 1024, 4096):
+                project(dtype, d, teacher=teacher)
+                for objective in ("mse", "cosine", "kl"):
+                    for losses in (False, True):
+                        loss(objective, dtype, d, losses=losses, teacher=teacher)
+            for many in ((1, 1), (1, 12), (12, 24), (64, 64)):
+                if many == (64, 64) and dtype == torch.float32:  # spills on sm_80 and sm_86
+                    continue
+                project(dtype, 768, many=many, teacher=teacher)
+                for objective in ("mse", "kl"):
+                    for losses in (False, True):
+                        loss(objective, dtype, 768, many=many, losses=losses, teacher=teacher)
+            project(dtype, 768, strided=True, teacher=teacher)
+            loss("mse", dtype, 768, strided=True, teacher=teacher)
+
+
+MODULES = {
+    "attention_kl": attention_kl,
+    "attention_map_kl": attention_map_kl,
+    "cka": cka,
+    "layer_projection": layer_projection,
+}
 
 
 def main():
