@@ -33,6 +33,13 @@ __device__ inline void load_transposed(uint32_t (&x)[4], uint32_t row) {
                : "memory");
 }
 
+// Of one matrix of 8 x 8 in registers: the pair (g, 2 t) of its transpose, from that of itself.
+__device__ inline uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // z += A B; z points to four registers.
 template <typename T>
 __device__ void multiply_add(float* z, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

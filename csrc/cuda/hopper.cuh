@@ -69,6 +69,60 @@ struct Turns {
   }
 };
 
+// Copies of whole rows that run by themselves, one round after the other: each is announced with
+// its bytes, and all threads wait for the last of them. Addresses and bytes are multiples of 16.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool BULK_COPIES = true;
+#else
+constexpr bool BULK_COPIES = false;
+#endif
+
+struct Arrivals {
+  uint32_t barrier;
+  int rounds = 0;
+
+  // By all threads, before a __syncthreads.
+  __device__ explicit Arrivals(uint32_t barrier) : barrier(barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+#endif
+  }
+  // By all threads, once none uses what is overwritten.
+  __device__ void announce(int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if (threadIdx.x == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                   "r"(bytes)
+                   : "memory");
+#endif
+    ++rounds;
+  }
+  // By any thread; it may run ahead of the one that announces.
+  __device__ void copy(uint32_t target, const void* source, int bytes) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(target),
+        "l"(source), "r"(bytes), "r"(barrier)
+        : "memory");
+#endif
+  }
+  __device__ void wait() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again%=; }" ::"r"(barrier),
+        "r"((rounds - 1) & 1)
+        : "memory");
+#endif
+  }
+};
+
 // Lets nothing land later.
 __device__ inline void all_copies_done() {
   asm volatile("cp.async.wait_group 0;" ::: "memory");

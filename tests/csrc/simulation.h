@@ -41,6 +41,7 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
 namespace simulation {
 
 inline bool EARLY_COPIES = true, EARLY_PRODUCTS = true;
+inline bool BULK_COPIES = true;  // of the architecture that is simulated
 
 struct Copy {
   uint32_t target;
@@ -94,6 +95,14 @@ inline void fail(const char* message) {
   std::printf("simulation: %s\n", message);
   std::exit(1);
 }
+
+// The barrier of a block's bulk copies: bytes that are expected and have not come, and, where they
+// land late, the copies themselves.
+struct {
+  int announced, completed;
+  int64_t pending;
+  std::vector<Copy> copies;
+} inline arrivals;
 
 struct {
   int warps, arrived, phase;
@@ -359,6 +368,62 @@ struct Turns {
     if (simulation::turns.phase != arrivals) simulation::fail("a turn was missed");
   }
 };
+
+inline bool& BULK_COPIES = simulation::BULK_COPIES;
+
+struct Arrivals {
+  int rounds = 0;
+
+  explicit Arrivals(uint32_t barrier) {
+    if (barrier % 8) simulation::fail("a barrier is not aligned");
+    simulation::arrivals = {};
+  }
+  void announce(int bytes) {
+    ++rounds;
+    if (threadIdx.x > 0) return;
+    if (bytes >= 1 << 20) simulation::fail("more bytes than a barrier can count");
+    simulation::arrivals.pending += bytes;
+    ++simulation::arrivals.announced;
+    complete();
+  }
+  void copy(uint32_t target, const void* source, int bytes) {
+    if (target % 16 || reinterpret_cast<uintptr_t>(source) % 16 || bytes % 16)
+      simulation::fail("a bulk copy is not aligned");
+    if (target - simulation::SHARED_BASE + bytes > simulation::shared.size())
+      simulation::fail("a bulk copy past the end of shared memory");
+    simulation::arrivals.copies.push_back({target, source, bytes, true});
+    if (simulation::EARLY_COPIES) land_all();
+  }
+  void wait() {
+    auto& arrivals = simulation::arrivals;
+    simulation::progress = true;
+    while (arrivals.completed % 2 == (rounds - 1) % 2) {  // only its parity is known
+      const auto waited = arrivals.pending;
+      land_all();
+      if (arrivals.pending != waited) simulation::progress = true;
+      else simulation::yield();
+    }
+    if (arrivals.completed != rounds) simulation::fail("a round of copies was missed");
+  }
+
+ private:
+  static void land_all() {
+    auto& arrivals = simulation::arrivals;
+    for (const auto& copy : arrivals.copies) {
+      std::memcpy(shared_pointer(copy.target), copy.source, copy.bytes);
+      arrivals.pending -= copy.bytes;
+    }
+    arrivals.copies.clear();
+    complete();
+  }
+  static void complete() {
+    auto& arrivals = simulation::arrivals;
+    if (arrivals.announced == arrivals.completed || arrivals.pending != 0) return;
+    arrivals.completed = arrivals.announced;
+    simulation::progress = true;
+  }
+};
+
 inline void all_copies_done() {
   land<0>();
   __syncthreads();
@@ -449,6 +514,16 @@ inline void load(uint32_t (&x)[4], uint32_t row, bool transposed) {
     }
     x[m] = both[0] | uint32_t(both[1]) << 16;
   }
+}
+inline uint32_t transpose(uint32_t x) {
+  const simulation::Registers& all = simulation::exchange({x});
+  const int lane = simulation::current % 32;
+  uint32_t both = 0;
+  for (int i = 0; i < 2; ++i) {
+    const int row = lane % 4 * 2 + i, column = lane / 4;
+    both |= (all[row * 4 + column / 2][0] >> 16 * (column % 2) & 0xffff) << 16 * i;
+  }
+  return both;
 }
 inline void load_matrices(uint32_t (&x)[4], uint32_t row) { load(x, row, false); }
 inline void load_transposed(uint32_t (&x)[4], uint32_t row) { load(x, row, true); }

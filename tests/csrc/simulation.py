@@ -13,9 +13,12 @@ import torch
 from kdfast.ops import dispatch, library
 
 ROOT = Path(__file__).parents[2]
-OPERATORS = ("attention_kl", "attention_map_kl", "cka")
+OPERATORS = ("attention_kl", "attention_map_kl", "cka", "layer_projection")
 # Those of kdfast.ops that a source serves, where they are others.
-SERVED = {"cka": ("hsic", "hsic_matrix", "cka", "cka_matrix", "gram_distance")}
+SERVED = {
+    "cka": ("hsic", "hsic_matrix", "cka", "cka_matrix", "gram_distance"),
+    "layer_projection": ("layer_projection", "layer_projection_loss"),
+}
 with mock.patch("setuptools.setup"):  # its functions, without its work
     BUILD = runpy.run_path(str(ROOT / "setup.py"))
 nvcc = BUILD["nvcc"]
@@ -33,6 +36,7 @@ template <typename Kernel>
 void simulate(dim3 grid, int threads, size_t bytes, Kernel kernel) {
   gridDim = {grid.x, grid.y, grid.z};
   simulation::EARLY_COPIES = simulation::EARLY_PRODUCTS = !std::getenv("KDFAST_SIMULATE_LATE");
+  simulation::BULK_COPIES = !std::getenv("KDFAST_SIMULATE_AMPERE");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) simulation::fail("an empty grid");
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
@@ -47,6 +51,13 @@ ASIDE = (  # what only a GPU can answer
     (r"STD_CUDA_CHECK\(\s*cudaFuncSetAttribute\(.*?\)\);", ""),
     (r"STD_CUDA_CHECK\(cudaDeviceGetAttribute\(&(\w+), \w*Major,.*?\)\);", r"\1 = 9;"),
     (r"STD_CUDA_CHECK\(cudaDeviceGetAttribute\(&(\w+), \w*Minor,.*?\)\);", r"\1 = 0;"),
+    # Few processors, so that blocks have more than one token.
+    (r"STD_CUDA_CHECK\(cudaDeviceGetAttribute\(&(\w+), \w*ProcessorCount,.*?\)\);", r"\1 = 1;"),
+    (
+        r"STD_CUDA_CHECK\(\s*cudaDeviceGetAttribute\(&(\w+), \w*SharedMemory\w*,.*?\)\);",
+        r"\1 = 228 << 10;",
+    ),
+    (r"STD_CUDA_CHECK\(cudaOccupancy\w+\(&(\w+),.*?\)\);", r"\1 = 2;"),
     (r"STD_CUDA_KERNEL_LAUNCH_CHECK\(\);", ""),
     (r"TORCH_ERROR_CODE_CHECK\(aoti_torch_get_current_cuda_stream\(.*?\)\);", ""),
     (r"const torch::stable::accelerator::DeviceGuard.*?;", ""),
@@ -70,7 +81,7 @@ def rewritten(source: Path) -> str:
         text = re.sub(pattern, replacement, text, flags=re.DOTALL)
     text = re.sub(r"(\w+(?:<\w+>)?)<<<(.*?)>>>\((.*?)\);", launch, text, flags=re.DOTALL)
     # The headers of an operator lie where they are, entry.h beside this file.
-    return re.sub(r'#include "(?=attention_|cka_)', '#include "cuda/', text)
+    return re.sub(r'#include "(?=attention_|cka_|layer_)', '#include "cuda/', text)
 
 
 def load(folder: Path, operators: tuple[str, ...] = OPERATORS) -> None:

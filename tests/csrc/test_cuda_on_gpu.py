@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from kdfast import reference
-from kdfast.ops import attention_kl, attention_map_kl, cka, cka_matrix, dispatch
+from kdfast.ops import (
+    attention_kl,
+    attention_map_kl,
+    cka,
+    cka_matrix,
+    dispatch,
+    layer_projection,
+    layer_projection_loss,
+)
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16)
@@ -19,7 +27,8 @@ directions = pytest.mark.parametrize("direction", ["forward", "reverse"])
 def library(request):
     """Tests of an operator are skipped, saying why, where its library or GPU is missing."""
     name = request.node.name
-    operator = "cka" if "cka" in name else "attention_map_kl" if "map" in name else "attention_kl"
+    words = {"projection": "layer_projection", "cka": "cka", "map": "attention_map_kl"}
+    operator = next((words[word] for word in words if word in name), "attention_kl")
     reason = next(x.reason for x in dispatch.explain(operator) if x.backend == "cuda")
     if not reason and operator == "attention_kl" and torch.cuda.get_device_capability() != (9, 0):
         reason = "attention_kl needs compute capability 9.0"
@@ -535,3 +544,167 @@ def test_cka_captured_in_a_cuda_graph(problems, d):
         x.normal_()
     graph.replay()
     assert torch.equal(captured, step())
+
+
+# Layer projection
+
+
+def states(count, *shape, dtype=torch.bfloat16):
+    common = torch.randn(shape, device="cuda")
+    return [((common + torch.randn(shape, device="cuda")) / 2).to(dtype) for _ in range(count)]
+
+
+def projection_outcome(student, teacher, backend, dtype=None, wanted="both", **options):
+    """What an operator returns, and the gradients of the sides `wanted`, in float64."""
+    sides = [
+        [x.detach().clone().to(dtype or x.dtype) for x in layers] for layers in (student, teacher)
+    ]
+    leaves = [
+        x.requires_grad_()
+        for side, layers in zip(("student", "teacher"), sides, strict=True)
+        for x in layers
+        if wanted in (side, "both")
+    ]
+    if "objective" in options:
+        function, reduction = layer_projection_loss, {"reduction": "none"}
+    else:
+        function, reduction = layer_projection, {}
+    if backend == "cuda":
+        options["backend"] = "cuda"
+    else:
+        function = getattr(reference, function.__name__)
+    made = function(*sides, **reduction, **options)
+    values = [made] if isinstance(made, torch.Tensor) else [*made[0], made[1]]
+    upstream = [
+        torch.linspace(0.5, 1.5, x.numel(), device="cuda")
+        .view(x.shape)
+        .to(student[0].dtype)
+        .to(x.dtype)
+        for x in values
+    ]
+    grads = torch.autograd.grad(values, leaves, upstream)
+    return [x.detach().double() for x in (*values, *grads)]
+
+
+def projection_close(student, teacher, **options):
+    """Errors at most twice those of float32 arithmetic, plus the rounding of what is written."""
+    made = projection_outcome(student, teacher, "cuda", **options)
+    truth = projection_outcome(student, teacher, "reference", torch.float64, **options)
+    single = projection_outcome(student, teacher, "reference", torch.float32, **options)
+    eps = max(torch.finfo(student[0].dtype).eps, 4e-6)
+    for mine, true, its in zip(made, truth, single, strict=True):
+        rounding = 1e-5 if mine is made[0] and "objective" in options else eps
+        size = true.abs().max().clamp(min=1e-6)
+        assert (mine - true).abs().max() <= 2 * (its - true).abs().max() + rounding * size
+
+
+LOSSES = [
+    {"objective": objective, "attend": attend}
+    for objective in ("mse", "cosine", "kl")
+    for attend in ("states", "losses")
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("options", [*LOSSES, {}], ids=str)
+@pytest.mark.parametrize("wanted", ["both", "student", "teacher"])
+@pytest.mark.parametrize(
+    "many_s, many_t, d, tokens",
+    [(2, 3, 3, 500), (6, 11, 16, 300), (3, 5, 17, 40), (6, 12, 768, 600), (9, 17, 136, 300),
+     (1, 1, 129, 1), (64, 64, 40, 5), (6, 12, 8192, 20), (20, 50, 2000, 5)],
+    ids=str,
+)  # fmt: skip
+def test_projection_equals_the_reference(many_s, many_t, d, tokens, wanted, options, dtype):
+    layers = [states(many, 2, tokens, d, dtype=dtype) for many in (many_s, many_t)]
+    mask = torch.rand(2, tokens, device="cuda") < 0.7
+    mask[0, 0] = True
+    projection_close(*layers, wanted=wanted, mask=mask, scale=d**-0.5, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+def test_every_branch_of_the_projection_kernels(dtype):
+    for many_s, many_t, d in ((3, 4, 3), (3, 5, 16), (3, 5, 72), (9, 17, 75), (6, 12, 8192)):
+        layers = [states(many, 2, 20, d, dtype=dtype) for many in (many_s, many_t)]
+        mask = torch.rand(2, 20, device="cuda") < 0.7
+        mask[0, 0] = True
+        for options in (*LOSSES, {}):
+            projection_close(*layers, mask=mask, scale=d**-0.5, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("options", [*LOSSES, {}], ids=str)
+@pytest.mark.parametrize("d", [5, 72, 768])
+def test_masked_tokens_reach_nothing_in_projection(d, options, dtype):
+    layers = [states(many, 2, 40, d, dtype=dtype) for many in (3, 5)]
+    mask = torch.rand(2, 40, device="cuda") < 0.5
+    clean = projection_outcome(*layers, "cuda", mask=mask, **options)
+    for x in (*layers[0], *layers[1]):
+        x[~mask] = math.nan
+    dirty = projection_outcome(*layers, "cuda", mask=mask, **options)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert all(torch.count_nonzero(x[~mask]) == 0 for x in dirty)
+
+
+@pytest.mark.parametrize("d", [5, 64, 72])
+def test_projection_of_strided_layers_equals_that_of_copies(d):
+    layers = [states(many, 4, 5, d + 3) for many in (3, 4)]
+    for view in (
+        lambda x: x[..., 1 : d + 1],
+        lambda x: x.transpose(0, 1)[..., :d],
+        lambda x: x[:, 0, :d],
+    ):
+        views = [[view(x) for x in side] for side in layers]
+        dense = [[x.contiguous() for x in side] for side in views]
+        options = {"reduction": "none", "backend": "cuda"}
+        made, plain = (layer_projection_loss(*sides, **options) for sides in (views, dense))
+        assert torch.equal(made, plain)
+
+
+@pytest.mark.parametrize("d", [3, 768])
+def test_projection_of_offsets_past_32_bits_is_served(d):
+    tokens = (1 << 31) // d + 5
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    x, y = (torch.zeros(1, tokens, d, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    x[:, -3:].normal_()
+    y[:, -3:].normal_()
+    x.requires_grad_()
+    rows = layer_projection_loss([x], [y, y], reduction="none", backend="cuda")
+    (gradient,) = torch.autograd.grad(rows.sum(), x)
+    last = x.detach()[:, -3:].clone().requires_grad_()
+    alone = layer_projection_loss([last], [y[:, -3:], y[:, -3:]], reduction="none", backend="cuda")
+    assert torch.equal(rows[:, -3:], alone)
+    assert torch.equal(gradient[:, -3:], torch.autograd.grad(alone.sum(), last)[0])
+    assert torch.count_nonzero(rows[:, :-3]) == 0
+
+
+@pytest.mark.parametrize("d", [3, 768])
+def test_projection_is_the_same_bit_for_bit_each_time(d):
+    layers = [states(many, 8, 500, d) for many in (6, 12)]
+    first, second = (
+        projection_outcome(*layers, "cuda", objective="mse", scale=d**-0.5) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("d", [3, 768])
+def test_projection_captured_in_a_cuda_graph(d):
+    xs, ys = (states(many, 2, 64, d) for many in (2, 3))
+    xs[0].requires_grad_()
+
+    def step():
+        return torch.autograd.grad(layer_projection_loss(xs, ys, backend="cuda"), xs[0])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        xs[0].normal_()
+    graph.replay()
+    assert torch.equal(captured[0], step()[0])

@@ -275,3 +275,254 @@ def test_simulated_kept_terms_of_a_teacher_change_nothing(served, side):
     assert torch.equal(value, whole)
     made, its = (torch.autograd.grad(z.sum(), xs[0])[0] for z in (value, whole))
     assert torch.equal(made, its)
+
+
+# Layer projection, simulated as well: with tensor cores (up to 16 teachers, and more), without, and
+# that of narrow layers
+
+PROJECTION = importlib.import_module("kdfast.ops.layer_projection")
+OBJECTIVES = ("mse", "cosine", "kl")
+ATTENDS = ("states", "losses")
+attends = pytest.mark.parametrize("attend", ATTENDS)
+ALL = (torch.float32, *BOTH)
+# Of bulk copies that land early and late, and of those of compute capability 8.0.
+COPIES = {
+    "early": {},
+    "late": {"KDFAST_SIMULATE_LATE": "1"},
+    "ampere": {"KDFAST_SIMULATE_AMPERE": "1", "KDFAST_SIMULATE_LATE": "1"},
+}
+OTHERS = [pytest.param(x, marks=pytest.mark.exhaustive) for x in ("early", "ampere")]
+copies = pytest.mark.parametrize("copy", ["late", *OTHERS])
+each_copy = pytest.mark.parametrize("copy", COPIES)
+
+
+@pytest.fixture(scope="module")
+def simulated_projection(tmp_path_factory):
+    if nvcc() is None:
+        pytest.skip("nvcc is not installed")
+    SIMULATION["load"](tmp_path_factory.mktemp("simulation"), ("layer_projection",))
+
+
+@pytest.fixture
+def projecting(simulated_projection, monkeypatch):
+    """Sets how copies land, too."""
+    SIMULATION["serve"](monkeypatch)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+
+    def set_copies(copy):
+        for name, value in COPIES[copy].items():
+            monkeypatch.setenv(name, value)
+
+    yield set_copies
+    torch.use_deterministic_algorithms(False)
+
+
+def states(count, *shape, dtype=torch.bfloat16, mean=0.0):
+    """Layers that have something in common, as those of one model do."""
+    common = torch.randn(shape)
+    return [((common + torch.randn(shape)) / 2 + mean).to(dtype) for _ in range(count)]
+
+
+def projected(student, teacher, backend, *, project=False, wanted="both", dtype=None, **options):
+    """What an operator returns, and the gradients of the layers of the sides `wanted`, in float64;
+    of the kernels, or of the reference in `dtype`."""
+    copies = [
+        [x.detach().clone().to(dtype or x.dtype) for x in layers] for layers in (student, teacher)
+    ]
+    sides = zip(("student", "teacher"), copies, strict=True)
+    chosen = [x for side, layers in sides if wanted in (side, "both") for x in layers]
+    leaves = [x.requires_grad_() for x in chosen]
+    layers = dict(zip(("layers_s", "layers_t"), copies, strict=True))
+    options = {"scale": 1.0, "mask": None} | options
+    if project:
+        serve = PROJECTION._serve_projection
+        result = (
+            serve("cuda", **layers, **options)
+            if backend == "cuda"
+            else reference.layer_projection(**layers, **options)
+        )
+        values = [*result[0], result[1]]
+    else:
+        options = {"objective": "mse", "temperature": 1.0, "attend": "states"} | options
+        options = {"reduction": "none"} | options
+        value = (
+            PROJECTION._serve_loss("cuda", **layers, **options)
+            if backend == "cuda"
+            else reference.layer_projection_loss(**layers, **options)
+        )
+        values = [value]
+    upstream = [
+        torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(student[0].dtype).to(x.dtype)
+        for x in values
+    ]
+    grads = torch.autograd.grad(values, leaves, upstream)
+    return [x.detach().double() for x in (*values, *grads)]
+
+
+def projection_is_close(student, teacher, **options):
+    """Errors at most twice those of float32 arithmetic, plus the rounding of what is written, and,
+    where tensor cores mix, the sixteen digits of their coefficients."""
+    made = projected(student, teacher, "cuda", **options)
+    truth = projected(student, teacher, "reference", dtype=torch.float64, **options)
+    single = projected(student, teacher, "reference", dtype=torch.float32, **options)
+    written = torch.finfo(student[0].dtype).eps if student[0].dtype != torch.float32 else 4e-6
+    for mine, true, its in zip(made, truth, single, strict=True):
+        size = true.abs().max().clamp(min=1e-6)
+        rounding = 4e-6 if mine is made[0] and not options.get("project") else written
+        assert (mine - true).abs().max() <= 2 * (its - true).abs().max() + rounding * size
+
+
+def some_tokens(*shape):
+    mask = torch.rand(shape) < 0.7
+    mask.view(-1)[:2] = torch.tensor([True, False])
+    return mask
+
+
+@pytest.mark.slow
+@copies
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize(
+    "many_s, many_t, d",
+    [(2, 3, 3), (3, 5, 32), (6, 12, 136), (9, 17, 40), (1, 1, 129),
+     pytest.param(3, 17, 16, marks=pytest.mark.exhaustive),
+     pytest.param(2, 16, 200, marks=pytest.mark.exhaustive)],
+    ids=str,
+)  # fmt: skip
+def test_simulated_projection_equals_the_reference(projecting, many_s, many_t, d, dtype, copy):
+    projecting(copy)
+    layers = [states(many, 2, 3, d, dtype=dtype) for many in (many_s, many_t)]
+    options = {"mask": some_tokens(2, 3), "scale": d**-0.5}
+    for attend in ATTENDS:
+        for objective in OBJECTIVES:
+            for wanted in ("both", "student", "teacher") if objective == "mse" else ("both",):
+                projection_is_close(
+                    *layers, attend=attend, objective=objective, temperature=1.5, wanted=wanted,
+                    **options,
+                )  # fmt: skip
+    for wanted in ("both", "student", "teacher"):
+        projection_is_close(*layers, project=True, wanted=wanted, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "many_s, many_t, d, tokens",
+    [(3, 4, 768, 3), (6, 11, 3, 300),
+     pytest.param(64, 64, 40, 1, marks=pytest.mark.exhaustive),
+     pytest.param(64, 64, 16, 3, marks=pytest.mark.exhaustive),
+     pytest.param(6, 12, 8192, 1, marks=pytest.mark.exhaustive),
+     pytest.param(20, 50, 2000, 1, marks=pytest.mark.exhaustive)],
+    ids=str,
+)  # fmt: skip
+@copies
+def test_simulated_projection_of_many_layers_tokens_and_columns(
+    projecting, many_s, many_t, d, tokens, dtype, copy
+):
+    projecting(copy)
+    layers = [states(many, 1, tokens, d, dtype=dtype) for many in (many_s, many_t)]
+    for attend, objective in (("states", "mse"), ("states", "kl"), ("losses", "cosine")):
+        projection_is_close(*layers, attend=attend, objective=objective, scale=d**-0.5)
+    projection_is_close(*layers, project=True, scale=d**-0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("d", [5, 72])
+@attends
+@pytest.mark.parametrize("objective", ["mse", "kl"])
+def test_simulated_student_that_equals_its_teacher_has_no_loss_and_no_gradient(
+    projecting, objective, attend, d, dtype
+):
+    (x,) = states(1, 3, 4, d, dtype=dtype, mean=3.0)
+    for z in projected([x], [x], "cuda", objective=objective, attend=attend, wanted="student"):
+        assert torch.count_nonzero(z) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("d", [5, pytest.param(40, marks=pytest.mark.exhaustive), 72])
+@attends
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_simulated_projection_takes_nothing_from_masked_tokens(
+    projecting, objective, attend, d, dtype
+):
+    layers = [states(many, 2, 4, d, dtype=dtype) for many in (3, 5)]
+    mask = some_tokens(4, 2).T
+    for options in ({"objective": objective, "attend": attend}, {"project": True}):
+        clean = projected(*layers, "cuda", mask=mask, **options)
+        marred = [[x.clone() for x in side] for side in layers]
+        for side, bad in zip(marred, (math.nan, math.inf), strict=True):
+            for x in side:
+                x[~mask] = bad
+        dirty = projected(*marred, "cuda", mask=mask, **options)
+        assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+        assert all(torch.count_nonzero(z[~mask]) == 0 for z in dirty)
+
+
+@pytest.mark.slow
+@each_copy
+def test_simulated_copies_of_rows_that_are_wide_and_come_at_any_time(projecting, copy):
+    projecting(copy)
+    layers = [states(many, 1, 5, 328, dtype=torch.float16) for many in (2, 3)]
+    projection_is_close(*layers, scale=0.05)
+    projection_is_close(*([x.float() for x in side] for side in layers), scale=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("d", [5, pytest.param(40, marks=pytest.mark.exhaustive), 72])
+@attends
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_nan_stays_in_its_token_in_simulated_projection(projecting, objective, attend, d, dtype):
+    layers = [states(many, 2, 4, d, dtype=dtype) for many in (3, 5)]
+    others = torch.ones(2, 4, dtype=torch.bool)
+    others[1, 2] = False
+    good = projected(*layers, "cuda", objective=objective, attend=attend)
+    for marred in (0, 3):  # the first student, which others are not; the first teacher
+        copies = [x.clone() for side in layers for x in side]
+        copies[marred][1, 2, d - 1] = math.nan
+        bad = projected(copies[:3], copies[3:], "cuda", objective=objective, attend=attend)
+        for mine, its in zip(bad, good, strict=True):
+            assert torch.equal(mine[others], its[others])
+        for i in range(3 if marred else 1):
+            assert bad[0][1, 2, i].isnan() and bad[1 + i][1, 2].isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("d", [5, 72])
+@attends
+def test_simulated_projection_of_zeros_and_of_saturated_scores_is_finite(
+    projecting, attend, d, dtype
+):
+    zeros = [torch.zeros(2, 3, d, dtype=dtype)] * 3
+    large = [100 * x for x in states(5, 2, 3, d, dtype=dtype)]
+    for objective in OBJECTIVES:
+        options = {"objective": objective, "attend": attend}
+        rows, *gradients = projected(zeros[:1], zeros[1:], "cuda", **options)
+        assert (rows == (objective == "cosine")).all()
+        saturated = projected(large[:2], large[2:], "cuda", **options)
+        assert all(z.isfinite().all() for z in (*gradients, *saturated))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [5, 64, 72])
+def test_strides_change_nothing_in_simulated_projection(projecting, d):
+    layers = [states(many, 4, 5, d + 3) for many in (3, 4)]
+    for view in (
+        lambda x: x[..., 1 : d + 1],
+        lambda x: x.transpose(0, 1)[..., :d],
+        lambda x: x[:, :1, :d].expand(-1, 3, -1),
+    ):
+        views = [[view(x) for x in side] for side in layers]
+        for attend in ATTENDS:
+            options = {"attend": attend, "reduction": "none", "objective": "mse"}
+            options |= {"scale": 1.0, "temperature": 1.0, "mask": None}
+            made, plain = (
+                PROJECTION._serve_loss("cuda", layers_s=s, layers_t=t, **options)
+                for s, t in (views, [[x.contiguous() for x in side] for side in views])
+            )
+            assert torch.equal(made, plain)
+    empty = projected(*([x[:0] for x in side] for side in layers), "cuda")
+    assert empty[0].shape == (0, 5, 3) and empty[1].shape == (0, 5, d + 3)
