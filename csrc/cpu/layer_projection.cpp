@@ -165,7 +165,7 @@ Tensors loss_fused(const Tensor& grad_rows, const Tensors& layers_s, const Tenso
     call.set_loss(objective, losses, temperature);
     call.set_upstream(grad_rows);
     call.problem.rows = call.statistics({call.problem.many_s});
-    call.make(wanted, kdfast::statistics_of(call.like));
+    call.make(wanted, call.like.scalar_type());
     call.run();
     return call.made;
 }

@@ -242,19 +242,21 @@ static Vec<Real> largest(const Real* x, int64_t end) {
     return splat<Real>(result);
 }
 
-// Softmax of a row of numbers.
+// Softmax of a row of numbers. They are multiplied by `scale` once: a product that is not rounded,
+// less the largest one that is, may be above zero, and beyond all numbers when it is exponentiated.
 template <class Real>
 static NOINLINE void softmax(const Vec<Real>* scores, int64_t count, Real scale,
                              Vec<Real>* weights) {
     Vec<Real> most = scores[0] * scale;
-    for (int64_t j = 1; j < count; j++) {
+    for (int64_t j = 0; j < count; j++) {
         const Vec<Real> x = scores[j] * scale;
         most = x > most ? x : most;
+        weights[j] = x;
     }
     Vec<Real> sum = {};
     for (int64_t j = 0; j < count; j++) {
         Ints<Real> none;
-        weights[j] = exponential<Real>(scores[j] * scale - most, none);
+        weights[j] = exponential<Real>(weights[j] - most, none);
         sum += weights[j];
     }
     for (int64_t j = 0; j < count; j++) weights[j] /= sum;
@@ -329,7 +331,7 @@ struct Group {
     Ints<Real> valid_of[MOST_GROUPS];
 
     // States of all layers, upstream gradients of projected ones; outputs.
-    const Real *states[2 * MOST], *upstream_states[MOST];
+    const Real *states[2 * MOST] = {}, *upstream_states[MOST] = {};
     Real* columns;  // where states are copied to
     // Mixtures, or h - C; own parts of student gradients; outputs; what kl needs of one row.
     Real *mixed[MOST], *own[MOST], *output[4], *s, *t, *ratio;
@@ -586,18 +588,19 @@ struct Group {
             softmax<Real>(scores + i * many_t, many_t, Real(problem.scale), weights + i * many_t);
     }
 
-    // dS_ij = scale alpha_ij (g_ij - sum_k alpha_ik g_ik), in the place of g = `gradients`. Weights
-    // do not add up to 1 to the last digit, so that what all g have in common goes first.
+    // dS_ij = scale alpha_ij (g_ij - sum_k alpha_ik g_ik), in the place of g = `gradients`. The mean
+    // is taken off twice: weights do not add up to 1 to the last digit, and what is left of a large
+    // one would be all that is seen.
     NOINLINE void differentiate_weights() {
         for (int64_t i = 0; i < many_s; i++) {
             Vec<Real>*g = gradients + i * many_t, *a = weights + i * many_t;
-            const Vec<Real> common = g[0];
-            Vec<Real> mean = {};
+            Vec<Real> mean = {}, rest = {};
+            for (int64_t j = 0; j < many_t; j++) mean += a[j] * g[j];
             for (int64_t j = 0; j < many_t; j++) {
-                g[j] -= common;
-                mean += a[j] * g[j];
+                g[j] -= mean;
+                rest += a[j] * g[j];
             }
-            for (int64_t j = 0; j < many_t; j++) g[j] = a[j] * (g[j] - mean) * Real(problem.scale);
+            for (int64_t j = 0; j < many_t; j++) g[j] = a[j] * (g[j] - rest) * Real(problem.scale);
         }
     }
 

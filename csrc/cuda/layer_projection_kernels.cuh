@@ -1313,7 +1313,9 @@ struct Token {
   struct Softmax {
     float largest, inverse;
     __device__ float operator()(float score) const {
-      return exp2_fast((score - largest) * LOG2_E) * inverse;
+      // A score that is made again may be contracted otherwise, and so be above the largest.
+      const float below = score - largest;
+      return exp2_fast((below > 0.f ? 0.f : below) * LOG2_E) * inverse;
     }
   };
   __device__ Softmax attend(const State& h) const {

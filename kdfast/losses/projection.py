@@ -12,6 +12,7 @@ from kdfast.losses.layers import (
     as_layers,
     choose,
 )
+from kdfast.ops import arguments
 from kdfast.ops.layer_projection import layer_projection_loss
 
 
@@ -49,8 +50,8 @@ class LayerProjectionLoss(nn.Module):
         super().__init__()
         self.objective = choose("objective", objective, ("mse", "cosine", "kl"))
         self.attend = choose("attend", attend, ("states", "losses"))
-        self.scale = scale
-        self.temperature = temperature
+        self.scale = arguments.finite("LayerProjectionLoss", "scale", scale)
+        self.temperature = arguments.positive("LayerProjectionLoss", "temperature", temperature)
         self.layers = choose("layers", layers, LAYER_REDUCTIONS)
         self.projections = LearnedProjections(student_width, teacher_width, pairs)
         self.backend = backend
@@ -63,7 +64,9 @@ class LayerProjectionLoss(nn.Module):
         Returns a scalar.
         """
         students = self.projections(layers_s)
-        teachers = [layer.to(students[0].dtype) for layer in as_layers(layers_t)]
+        teachers = as_layers(layers_t)
+        dtype = torch.promote_types(students[0].dtype, teachers[0].dtype)
+        students, teachers = ([x.to(dtype) for x in side] for side in (students, teachers))
         loss = layer_projection_loss(
             students,
             teachers,

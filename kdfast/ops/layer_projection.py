@@ -171,8 +171,7 @@ def _check_layers(
 #   layer_projection_loss_backward  grad_rows [A, B, L_s], of any strides -> gradients as above. The
 #                                      weights are made again: every kernel has all layers of a
 #                                      token at hand, and reading α costs more than its sums.
-#   layer_projection_loss_fused     (cpp) both in one read: rows, and the gradients in the dtype of
-#                                      the statistics.
+#   layer_projection_loss_fused     (cpp) both in one read: rows, and the gradients as above.
 #
 # `losses` is attend="losses". What masked tokens hold reaches nothing; NaN in a valid token reaches
 # that token alone. With u_i = ∂ℓ_i/∂C_i and D_i the derivative of ℓ_i where h_i stands in the
@@ -185,8 +184,8 @@ def _check_layers(
 #   cosine    u = (cos C/|C| - h/|h|) / |C|         D = (cos h/|h| - C/|C|) / |h|
 #   kl        u = p (log p/q - ℓ) / T               D = (q - p) / T,  p, q = softmax of C/T, h/T
 #
-# (norms of at least 1e-8 each, and no cos term where that is the norm). For attend="losses" the
-# same stand with g_j in place of C_i: m_ij = objective(h_i, g_j), ∂α_ij = m_ij,
+# (norms of at least 1e-8 each, and no cos term where that is the norm; torch keeps it). For
+# attend="losses" the same stand with g_j in place of C_i: m_ij = objective(h_i, g_j), ∂α_ij = m_ij,
 # D_i = Σ_j α_ij D_ij, and u_ij in place of u_i. h - C, h - g, and q - p are differences before they
 # are summed: exactly zero for a student that equals its teacher.
 
@@ -217,8 +216,7 @@ def _fake_backward(grad_rows: Tensor, *inputs: Any) -> list[Tensor]:
 
 
 def _fake_fused(grad_rows: Tensor, *inputs: Any) -> list[Tensor]:
-    gradients = _fake_backward(grad_rows, *inputs)
-    return [_fake_rows(inputs[0]), *(x.to(_statistics(x)) for x in gradients)]
+    return [_fake_rows(inputs[0]), *_fake_backward(grad_rows, *inputs)]
 
 
 def _statistics(x: Tensor) -> torch.dtype:
@@ -258,6 +256,7 @@ class _Projection(torch.autograd.Function):
         ctx: Any, backend: str, many_s: int, scale: float, mask: Tensor | None, *layers: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.backend, ctx.many_s, ctx.scale = backend, many_s, scale
+        ctx.set_materialize_grads(False)
         *projected, weights = _PROJECTION[backend](
             list(layers[:many_s]), list(layers[many_s:]), mask, scale
         )
@@ -265,10 +264,12 @@ class _Projection(torch.autograd.Function):
         return *projected, weights
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         mask, weights, *layers = dispatch.restored(ctx)
         wanted = _wanted(ctx, layers)
-        *grad_projected, grad_weights = (_dense(x) for x in grads)
+        nothing = layers[0].new_zeros(layers[0].shape[-1:]).expand_as(layers[0])
+        grad_projected = [nothing if x is None else _dense(x) for x in grads[:-1]]
+        grad_weights = torch.zeros_like(weights) if grads[-1] is None else _dense(grads[-1])
         with torch.no_grad():
             made = _PROJECTION_BACKWARD[ctx.backend](
                 grad_projected, grad_weights, weights,
@@ -332,11 +333,10 @@ class _Loss(torch.autograd.Function):
                     _spread(grad * factor, layers[0], many_s), *inputs, wanted
                 )
             elif saved:
-                made = [(x * grad).to(layers[0].dtype) for x in made]
-            else:
-                if grad.device.type != "cpu" or grad != 1:
-                    torch._foreach_mul_(made, grad)
-                made = [x.to(layers[0].dtype) for x in made]
+                made = [x * grad for x in made]
+            elif grad != 1:
+                for x in made:
+                    x.mul_(grad)
         gradients = _placed(made, wanted, layers)
         return (None,) * 9 + tuple(
             dispatch.first_derivatives("layer_projection_loss", gradients, layers)
@@ -421,9 +421,10 @@ def _serve_loss(
 ) -> Tensor:
     layers, mask = _flat(layers_s, layers_t, mask)
     # On a GPU the gradients would be written, read, and written again to be scaled: as many bytes
-    # as reading the layers twice.
+    # as reading the layers twice. In float16 they vanish before the loss is scaled up.
     fused = (
         backend in _FUSED
+        and layers[0].dtype != torch.float16
         and reduction != "none"
         and torch.is_grad_enabled()
         and any(x.requires_grad for x in layers)

@@ -557,6 +557,41 @@ def test_states_far_from_zero_have_gradients_of_differences_taken_before_sums(
     compare_loss(kernel, layers_s, layers_t, torch.float32, **options)
 
 
+@objectives
+@attends
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_layer_far_from_the_others_costs_them_no_digits_wherever_it_is(
+    kernel, objective, attend, place, unless
+):
+    unless("cuda" in kernel)
+    student = torch.randn(100, 40, device=kernel[1])
+    teacher = [student + 0.3 * torch.randn(100, 40, device=kernel[1]) for _ in range(3)]
+    teacher.insert(place, -100 * student)
+    options = {"objective": objective, "attend": attend, "scale": 40**-0.5}
+    exact = measured(loss_of("reference", **options), [student.double()], in_double(teacher))
+    ours, theirs = (
+        measured(loss_of(backend, **options), [student], teacher)
+        for backend in (kernel[0], "reference")
+    )
+    for name in ("loss", "student"):
+        error, bound = ((x[name] - exact[name]).abs().max() for x in (ours, theirs))
+        assert error <= 2 * bound + 1e-6 * exact[name].abs().max(), name
+
+
+@pytest.mark.parametrize("size", [1e4, 3e4, 1e6])
+@pytest.mark.parametrize("d", [3, 64])
+def test_scores_of_billions_that_are_rounded_give_weights(kernel, size, d, unless):
+    unless("cuda" in kernel)
+    layers_s = [size * torch.linspace(0.5, 1.5, d, device=kernel[1]).repeat(9, 1)]
+    layers_t = [layers_s[0] * factor for factor in (1.0, 0.99, 0.5)]
+    _, weights = layer_projection(layers_s, layers_t, scale=0.1, backend=kernel[0])
+    assert weights[:, 0].tolist() == [[1, 0, 0]] * 9
+    loss = layer_projection_loss(
+        layers_s, layers_t, objective="cosine", scale=0.1, backend=kernel[0]
+    )
+    assert loss.abs() < 1e-6
+
+
 @attends
 @pytest.mark.parametrize("d", [3, 129, 8192])
 @pytest.mark.parametrize("distance", [1e-1, 1e-3])
@@ -1179,9 +1214,7 @@ def dense_loss(layers_s, layers_t, mask, objective, losses, scale, temperature):
     return dense_fused(None, layers_s, layers_t, mask, objective, losses, scale, temperature, [])[0]
 
 
-def dense_fused(
-    grad_rows, layers_s, layers_t, mask, objective, losses, scale, temperature, wanted, dtype=None
-):
+def dense_fused(grad_rows, layers_s, layers_t, mask, objective, losses, scale, temperature, wanted):
     h, g = dense(layers_s, mask), dense(layers_t, mask)
     statistics = torch.promote_types(layers_s[0].dtype, torch.float32)
     weights = (scale * h @ g.mT).softmax(-1)
@@ -1208,11 +1241,11 @@ def dense_fused(
         grad_s, grad_t = upstream * of_h, weights.mT @ u
     grad_s, grad_t = grad_s + scores @ g, grad_t + scores.mT @ h
     layers = [*layers_s, *layers_t]
-    return [found, *unstacked(grad_s, grad_t, layers, mask, wanted, dtype or statistics)]
+    return [found, *unstacked(grad_s, grad_t, layers, mask, wanted, layers[0].dtype)]
 
 
-def dense_loss_backward(grad_rows, layers_s, *inputs):
-    return dense_fused(grad_rows, layers_s, *inputs, dtype=layers_s[0].dtype)[1:]
+def dense_loss_backward(*inputs):
+    return dense_fused(*inputs)[1:]
 
 
 DENSE = {
