@@ -213,6 +213,8 @@ def test_soft_labels_of_one_class_point_to_regression():
     [
         (lambda: CosineLoss("words"), "rows"),
         (lambda: CKALoss("words"), "rows"),
+        (lambda: LayerProjectionLoss(temperature=0.0), "temperature"),
+        (lambda: LayerProjectionLoss(scale=float("inf")), "scale"),
         (lambda: CKALoss(form="log"), "form"),
         (lambda: AttentionKLLoss(direction="up"), "direction"),
         (lambda: LayerProjectionLoss(objective="l1"), "objective"),
