@@ -27,8 +27,9 @@ help:  ## this list
 distill: $(runtime)  ## distil a small student from a real teacher, and show what it bought
 	$(run)kdfast distill quickstart $(ARGS)
 
+# Two processes, whose files are their own; threads that wait do not keep the other one's core.
 test: $(test)  ## the tests, without the exhaustive matrix and the GPU tests
-	$(run)pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-all: $(test)  ## every test; those that need a GPU run where there is one
 	$(run)pytest -m "" $(ARGS)

@@ -79,12 +79,16 @@ def _addresses(layers, row, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
     Chosen as numbers, because AMD's compiler chooses among no pointers; which hides that all are
     ALIGNED to 16 bytes.
     """
-    chosen = layers[0].to(tl.int64)
-    for i in tl.static_range(1, len(layers)):
-        chosen = tl.where(row == (i if ROWS is None else ROWS[i]), layers[i].to(tl.int64), chosen)
-    chosen = tl.broadcast_to(chosen, row.shape).to(layers[0].dtype)
-    if ALIGNED:
-        chosen = tl.multiple_of(chosen, [16, 16])
+    if len(layers) == 1:  # whose alignment is seen; a hint on what folds into a scalar is an error
+        chosen = tl.broadcast_to(layers[0], row.shape)
+    else:
+        chosen = layers[0].to(tl.int64)
+        for i in tl.static_range(1, len(layers)):
+            number = i if ROWS is None else ROWS[i]
+            chosen = tl.where(row == number, layers[i].to(tl.int64), chosen)
+        chosen = tl.broadcast_to(chosen, row.shape).to(layers[0].dtype)
+        if ALIGNED:
+            chosen = tl.multiple_of(chosen, [16, 16])
     return chosen
 
 
@@ -340,7 +344,7 @@ def _compare_states(
             for chunk in tl.static_range(tl.constexpr(SHAPE[2])):
                 column = _columns(begin, chunk, SHAPE)
                 h, g = _read(at_s, in_s, column, d), _read(at_t, in_t, column, d)
-                c = _mixed(weights, g, KIND[0], KIND[2])
+                c = _mixed(weights, g, KIND[0], tl.constexpr(KIND[2]))
                 statistics = _more_statistics(
                     statistics, h, c, column, d, over_temperature, OBJECTIVE, SHAPE
                 )
@@ -354,7 +358,7 @@ def _compare_states(
             for chunk in tl.static_range(tl.constexpr(SHAPE[2])):
                 column = _columns(begin, chunk, SHAPE)
                 h, g = _read(at_s, in_s, column, d), _read(at_t, in_t, column, d)
-                c = _mixed(weights, g, KIND[0], KIND[2])
+                c = _mixed(weights, g, KIND[0], tl.constexpr(KIND[2]))
                 loss += _part_of_loss(
                     h, c, statistics, column, d, over_temperature, OBJECTIVE, SHAPE
                 )
@@ -442,7 +446,7 @@ def _project(
     at_s, in_s = _tokens_of(layers_s, strides_s, a, b, row_s, ALIGNED), valid & (row_s < many_s)
     at_t, in_t = _tokens_of(layers_t, strides_t, a, b, row_t, ALIGNED), valid & (row_t < many_t)
 
-    scores = _inner_of_layers(at_s, in_s, at_t, in_t, d, KIND[0], KIND[1], SHAPE)
+    scores = _inner_of_layers(at_s, in_s, at_t, in_t, d, KIND[0], tl.constexpr(KIND[1]), SHAPE)
     alpha = tl.where(valid[:, :, None], _softmax(scores * scale, many_t), 0.0)
     pair = row_s[:, :, None] * many_t + row_t[:, None, :]
     exists = inside[:, :, None] & (row_s < many_s)[:, :, None] & (row_t < many_t)[:, None, :]
@@ -453,7 +457,7 @@ def _project(
     for begin in range(0, step if SHAPE[4] else d, step):
         for chunk in tl.static_range(tl.constexpr(SHAPE[2])):
             column = _columns(begin, chunk, SHAPE)
-            c = _mixed(alpha, _read(at_t, in_t, column, d), KIND[0], KIND[2])
+            c = _mixed(alpha, _read(at_t, in_t, column, d), KIND[0], tl.constexpr(KIND[2]))
             _write(to + index * d, inside & wanted, column, d, c)
 
 
@@ -479,7 +483,7 @@ def _project_backward(
     exists = in_s[:, :, None] & in_t[:, None, :]
     alpha = tl.load(weights + pair, mask=exists, other=0.0)
     grad_alpha = tl.load(grad_weights + pair, mask=exists, other=0.0)
-    grad_alpha += _inner_of_layers(at_u, in_s, at_t, in_t, d, KIND[0], KIND[1], SHAPE)
+    grad_alpha += _inner_of_layers(at_u, in_s, at_t, in_t, d, KIND[0], tl.constexpr(KIND[1]), SHAPE)
     grad_scores = _through_softmax(alpha, grad_alpha) * scale
 
     step: tl.constexpr = SHAPE[1] * SHAPE[2] * SHAPE[3]
@@ -494,12 +498,14 @@ def _project_backward(
                     inside & wanted,
                     column,
                     d,
-                    _mixed(grad_scores, g, KIND[3], KIND[4]),
+                    _mixed(grad_scores, g, KIND[3], tl.constexpr(KIND[4])),
                 )
             if out_t is not None:
                 h, u = _read(at_s, in_s, column, d), _read(at_u, in_s, column, d)
-                gradient = _mixed(tl.permute(alpha, (0, 2, 1)), u, KIND[3], KIND[4])
-                gradient += _mixed(tl.permute(grad_scores, (0, 2, 1)), h, KIND[3], KIND[4])
+                gradient = _mixed(tl.permute(alpha, (0, 2, 1)), u, KIND[3], tl.constexpr(KIND[4]))
+                gradient += _mixed(
+                    tl.permute(grad_scores, (0, 2, 1)), h, KIND[3], tl.constexpr(KIND[4])
+                )
                 to = _addresses(out_t, row_t, WANTED_T, ALIGNED) + index * d
                 _write(to, inside & _among(row_t, WANTED_T), column, d, gradient)
 
@@ -523,7 +529,7 @@ def _loss(
     at_t = _tokens_of(layers_t, strides_t, a, b, row_t, ALIGNED)
     step: tl.constexpr = SHAPE[1] * SHAPE[2] * SHAPE[3]
 
-    scores = _inner_of_layers(at_s, in_s, at_t, in_t, d, KIND[0], KIND[1], SHAPE)
+    scores = _inner_of_layers(at_s, in_s, at_t, in_t, d, KIND[0], tl.constexpr(KIND[1]), SHAPE)
     alpha = _softmax(scores * scale, many_t)
     if LOSSES:
         statistics, grad_alpha = _compare_layers(
@@ -582,31 +588,31 @@ def _loss(
                 for chunk in tl.static_range(tl.constexpr(SHAPE[2])):
                     column = _columns(begin, chunk, SHAPE)
                     h, g = _read(at_s, in_s, column, d), _read(at_t, in_t, column, d)
-                    c = _mixed(alpha, g, KIND[0], KIND[2])
+                    c = _mixed(alpha, g, KIND[0], tl.constexpr(KIND[2]))
                     u, _ = _derivatives(
                         h, c, statistics, loss, column, d, over_temperature, OBJECTIVE
                     )
-                    sums = _inner(u, g, sums, KIND[3], KIND[4])
+                    sums = _inner(u, g, sums, KIND[3], tl.constexpr(KIND[4]))
             grad_scores = _through_softmax(alpha, _of_all_parts(sums, SHAPE)) * scale
             for begin in range(0, step if SHAPE[4] else d, step):
                 for chunk in tl.static_range(tl.constexpr(SHAPE[2])):
                     column = _columns(begin, chunk, SHAPE)
                     h, g = _read(at_s, in_s, column, d), _read(at_t, in_t, column, d)
-                    c = _mixed(alpha, g, KIND[0], KIND[2])
+                    c = _mixed(alpha, g, KIND[0], tl.constexpr(KIND[2]))
                     u, by_h = _derivatives(
                         h, c, statistics, loss, column, d, over_temperature, OBJECTIVE
                     )
                     if out_s is not None:
-                        gradient = by_h + _mixed(grad_scores, g, KIND[3], KIND[4])
+                        gradient = by_h + _mixed(grad_scores, g, KIND[3], tl.constexpr(KIND[4]))
                         gradient *= upstream[:, :, None]
                         to = _addresses(out_s, row_s, WANTED_S, ALIGNED) + index * d
                         _write(to, inside & _among(row_s, WANTED_S), column, d, gradient)
                     if out_t is not None:
                         u = tl.where(in_s[:, :, None], u, 0.0)
                         back = tl.permute(alpha * upstream[:, :, None], (0, 2, 1))
-                        gradient = _mixed(back, u, KIND[3], KIND[4])
+                        gradient = _mixed(back, u, KIND[3], tl.constexpr(KIND[4]))
                         back = tl.permute(grad_scores * upstream[:, :, None], (0, 2, 1))
-                        gradient += _mixed(back, h, KIND[3], KIND[4])
+                        gradient += _mixed(back, h, KIND[3], tl.constexpr(KIND[4]))
                         to = _addresses(out_t, row_t, WANTED_T, ALIGNED) + index * d
                         _write(to, inside & _among(row_t, WANTED_T), column, d, gradient)
 
@@ -812,6 +818,8 @@ def launch_parameters(
         warps = triton.next_power_of_2(triton.cdiv(d, max(held, 1) * BLOCK))
         if held > 0 and warps <= WARPS and rows_s * rows_t <= SCORES:
             shape = (1, warps, triton.cdiv(d, warps * BLOCK), BLOCK, True)
+            if shape[2] == CHUNKS:  # too many numbers for fewer registers
+                registers = 255
         else:
             few, block = rows_s * rows_t <= SCORES, 2 * BLOCK // size
             warps, stages = (4, 2) if few else (WARPS, 1)
@@ -1005,7 +1013,8 @@ def loss_backward(
         # Two programs fit on a processor, where nothing spills.
         x = layers_s[0]
         few = objective == "mse" and not losses and not arguments["teacher"]
-        few = few and x.dtype.itemsize == 2 and x.shape[2] % 16 == 0 and len(layers_t) <= 16
+        few = few and architecture(x.device) == "sm_90" and x.dtype == torch.bfloat16
+        few = few and x.shape[2] % 16 == 0 and len(layers_s) <= 8 and len(layers_t) <= 16
         _launch(
             _loss, layers_s, layers_t, mask, square=losses and objective == "kl", rows=None,
             registers=128 if few else 255, grad_rows=grad_rows, grad_strides=grad_rows.stride(),

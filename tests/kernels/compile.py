@@ -191,11 +191,12 @@ def layer_projection(architecture, dtypes, widths, directions, exhaustive):
 
     module.architecture = lambda device: architecture
 
-    def sides(dtype, d, many=(6, 12), strided=False):
+    def sides(dtype, d, many=(6, 12), strided=False, masked=True):
         layers = [torch.zeros(2, 3, d, dtype=dtype) for _ in range(sum(many))]
         if strided:  # each layer by strides of its own
             layers[0] = torch.zeros(2, 5, d, dtype=dtype)[:, :3]
-        return layers[: many[0]], layers[many[0] :], torch.ones(2, 3, dtype=torch.bool)
+        mask = torch.ones(2, 3, dtype=torch.bool) if masked else None
+        return layers[: many[0]], layers[many[0] :], mask
 
     def project(*arguments, teacher=False, **options):
         layers_s, layers_t, mask = sides(*arguments, **options)
@@ -215,6 +216,8 @@ def layer_projection(architecture, dtypes, widths, directions, exhaustive):
     for dtype in dtypes:
         project(dtype, 768)
         loss("mse", dtype, 768)
+        loss("mse", dtype, 768, masked=False)
+        loss("mse", dtype, 768, many=(1, 1))
         loss("mse", dtype, 768, teacher=True)
         loss("mse", dtype, 768, losses=True)
         loss("kl", dtype, 768)
@@ -227,6 +230,7 @@ def layer_projection(architecture, dtypes, widths, directions, exhaustive):
         for teacher in (False, True):
             for d in (3, 32, 100, 384, 768, 1024, 4096):
                 project(dtype, d, teacher=teacher)
+                loss("mse", dtype, d, teacher=teacher, masked=False)
                 for objective in ("mse", "cosine", "kl"):
                     for losses in (False, True):
                         loss(objective, dtype, d, losses=losses, teacher=teacher)
