@@ -29,12 +29,22 @@ static inline int tile_of(int64_t rows, int64_t done, int most) {
     return int((left + tiles - 1) / tiles);
 }
 
-// out[r * stride + c] += sum_v a_r[v] b_c[v], lane by lane; of (a_r - b_c)^2 for SQUARES.
-template <class Real, int R, int C, bool SQUARES>
-static NOINLINE void products_tile(const Real* const* a, const Real* const* b, int64_t begin,
-                                   int64_t end, Vec<Real>* out, int64_t stride) {
+// What is done with the numbers of two states. What is AHEAD, the states of the token that comes
+// next, is brought to the caches meanwhile: the first half here, the second when states are mixed.
+enum Pairing { INNER, INNER_AHEAD, SQUARES };
+
+// out[r * stride + c] += sum_v a_r[v] b_c[v], lane by lane; of (a_r - b_c)^2 for SQUARES. The next
+// state of b_c lies ahead[c] numbers further.
+template <class Real, int R, int C, Pairing PAIRING>
+static NOINLINE void products_tile(const Real* const* a, const Real* const* b,
+                                   const int64_t* ahead, int64_t begin, int64_t end,
+                                   Vec<Real>* out, int64_t stride) {
     Vec<Real> sum[R][C] = {};
     for (int64_t at = begin; at < end; at += LANES<Real>) {
+        if (PAIRING == INNER_AHEAD) {
+#pragma GCC unroll 16
+            for (int c = 0; c < C; c++) __builtin_prefetch(b[c] + ahead[c] + at / 2);
+        }
         Vec<Real> y[C];
 #pragma GCC unroll 16
         for (int c = 0; c < C; c++) {
@@ -47,7 +57,7 @@ static NOINLINE void products_tile(const Real* const* a, const Real* const* b, i
             hold(x);
 #pragma GCC unroll 16
             for (int c = 0; c < C; c++) {
-                if (SQUARES) {
+                if (PAIRING == SQUARES) {
                     const Vec<Real> difference = x - y[c];
                     sum[r][c] += difference * difference;
                 } else {
@@ -63,30 +73,30 @@ static NOINLINE void products_tile(const Real* const* a, const Real* const* b, i
     }
 }
 
-template <class Real, bool SQUARES, int R>
-static void products_rows(const Real* const* a, const Real* const* b, int64_t many, int64_t begin,
-                          int64_t end, Vec<Real>* out) {
+template <class Real, Pairing PAIRING, int R>
+static void products_rows(const Real* const* a, const Real* const* b, int64_t many,
+                          const int64_t* ahead, int64_t begin, int64_t end, Vec<Real>* out) {
     for (int64_t c = 0; c < many;) {
         const int width = tile_of(many, c, 3);
-        const auto function = width == 3   ? products_tile<Real, R, 3, SQUARES>
-                              : width == 2 ? products_tile<Real, R, 2, SQUARES>
-                                           : products_tile<Real, R, 1, SQUARES>;
-        function(a, b + c, begin, end, out + c, many);
+        const auto function = width == 3   ? products_tile<Real, R, 3, PAIRING>
+                              : width == 2 ? products_tile<Real, R, 2, PAIRING>
+                                           : products_tile<Real, R, 1, PAIRING>;
+        function(a, b + c, ahead == nullptr ? ahead : ahead + c, begin, end, out + c, many);
         c += width;
     }
 }
 
 // out [many_a][many_b]
-template <class Real, bool SQUARES>
+template <class Real, Pairing PAIRING>
 static void products(const Real* const* a, int64_t many_a, const Real* const* b, int64_t many_b,
-                     int64_t begin, int64_t end, Vec<Real>* out) {
+                     int64_t begin, int64_t end, Vec<Real>* out, const int64_t* ahead = nullptr) {
     for (int64_t r = 0; r < many_a;) {
         const int height = tile_of(many_a, r, 4);
-        const auto function = height == 4   ? products_rows<Real, SQUARES, 4>
-                              : height == 3 ? products_rows<Real, SQUARES, 3>
-                              : height == 2 ? products_rows<Real, SQUARES, 2>
-                                            : products_rows<Real, SQUARES, 1>;
-        function(a + r, b, many_b, begin, end, out + r * many_b);
+        const auto function = height == 4   ? products_rows<Real, PAIRING, 4>
+                              : height == 3 ? products_rows<Real, PAIRING, 3>
+                              : height == 2 ? products_rows<Real, PAIRING, 2>
+                                            : products_rows<Real, PAIRING, 1>;
+        function(a + r, b, many_b, ahead, begin, end, out + r * many_b);
         r += height;
     }
 }
@@ -98,6 +108,8 @@ struct Mixture {
     int64_t many;
     const Vec<Real>* weights;
     int64_t by_out, by_source;
+    const int64_t* ahead = nullptr;  // how much further the next states lie
+    int64_t half = 0;
 };
 
 template <class Real>
@@ -121,6 +133,8 @@ static inline void mix_vectors(const Mixture<Real>& m, const Output<Real>* outpu
     for (int r = 0; r < R; r++) weights[r] = m.weights + outputs[r].row * m.by_out;
     for (int64_t s = 0, w = 0; s < m.many; s++, w += m.by_source) {
         const Real* source = m.sources[s] + at;
+        if (KIND != STREAM && m.ahead != nullptr)
+            __builtin_prefetch(m.sources[s] + m.ahead[s] + m.half + at / 2);
         Vec<Real> y[V];
 #pragma GCC unroll 16
         for (int v = 0; v < V; v++) {
@@ -333,6 +347,7 @@ struct Group {
     // States of all layers, upstream gradients of projected ones; outputs.
     const Real *states[2 * MOST] = {}, *upstream_states[MOST] = {};
     Real* columns;  // where states are copied to
+    int64_t ahead[2 * MOST];  // from where a state lies to the next token's
     // Mixtures, or h - C; own parts of student gradients; outputs; what kl needs of one row.
     Real *mixed[MOST], *own[MOST], *output[4], *s, *t, *ratio;
     // For a mixture of losses of kl: q and p of all layers, and their logarithms.
@@ -535,8 +550,16 @@ struct Group {
         if (any_valid) read_states();
     }
 
+    // The next token of the same row of [A, B], or, at its end, none.
+    void look_ahead() {
+        const bool last = place_of[0][1] + 1 == problem.inner;
+        for (int64_t l = 0; l < many_s + many_t; l++)
+            ahead[l] = last ? 0 : problem.layers[l].stride[1];
+    }
+
     void read_states() {
         Real* to = columns;
+        if (ACROSS) look_ahead();
         const int64_t step = column_bytes() * groups / int64_t(sizeof(Real));
         const bool teacher_wanted = wants(many_s, many_t);
         for (int64_t l = 0; l < many_s + many_t; l++, to += step) {
@@ -582,7 +605,12 @@ struct Group {
     NOINLINE void find_weights() {
         const int64_t pairs = many_s * many_t;
         clear(scores, pairs);
-        products<Real, false>(states, many_s, teachers(), many_t, 0, end, scores);
+        if (ACROSS && !copies()) {
+            products<Real, INNER_AHEAD>(states, many_s, teachers(), many_t, 0, end, scores,
+                                        ahead + many_s);
+        } else {
+            products<Real, INNER>(states, many_s, teachers(), many_t, 0, end, scores);
+        }
         totals<Real, ACROSS>(scores, pairs);
         for (int64_t i = 0; i < many_s; i++)
             softmax<Real>(scores + i * many_t, many_t, Real(problem.scale), weights + i * many_t);
@@ -614,7 +642,16 @@ struct Group {
         Output<Real> outputs[MOST];
         for (int64_t i = 0; i < many_s; i++)
             outputs[i] = {mixed[i], KIND == PLAIN ? nullptr : states[i], Vec<Real>{}, i};
-        mix<Real, KIND>(of_teachers(weights), outputs, many_s, from, to);
+        Mixture<Real> m = of_teachers(weights);
+        if (ACROSS && !copies()) {
+            m.ahead = ahead + many_s;
+            m.half = end / 2;
+            for (int64_t i = 0; i < many_s; i++) {
+                for (int64_t at = from; at < to; at += 64 / int64_t(sizeof(Real)))
+                    __builtin_prefetch(states[i] + ahead[i] + at);
+            }
+        }
+        mix<Real, KIND>(m, outputs, many_s, from, to);
     }
 
     // The wanted outputs from `first` on, of `count`, each f own + a mixture.
@@ -670,7 +707,7 @@ struct Group {
         read_numbers(problem.weights, pairs, weights);
         read_numbers(problem.grad_weights, pairs, values);
         clear(gradients, pairs);
-        products<Real, false>(upstream_states, many_s, teachers(), many_t, 0, end, gradients);
+        products<Real, INNER>(upstream_states, many_s, teachers(), many_t, 0, end, gradients);
         totals<Real, ACROSS>(gradients, pairs);
         for (int64_t j = 0; j < pairs; j++) gradients[j] += values[j];
         differentiate_weights();
@@ -732,7 +769,7 @@ struct Group {
             for (int64_t i = 0; i < many_s; i++)
                 sums[i] += inner<Real>(mixed[i], mixed[i], from, to);
             if (gradient)
-                products<Real, false>(mixed, many_s, teachers(), many_t, from, to, gradients);
+                products<Real, INNER>(mixed, many_s, teachers(), many_t, from, to, gradients);
         }
         totals<Real, ACROSS>(sums, many_s);
         for (int64_t i = 0; i < many_s; i++) rows[i] = sums[i] / Real(problem.width);
@@ -766,7 +803,7 @@ struct Group {
                 both[i] += inner<Real>(states[i], mixed[i], from, to);
             }
             if (gradient)
-                products<Real, false>(mixed, many_s, teachers(), many_t, from, to, gradients);
+                products<Real, INNER>(mixed, many_s, teachers(), many_t, from, to, gradients);
         }
         totals<Real, ACROSS>(sums, 3 * many_s);
         if (gradient) totals<Real, ACROSS>(gradients, pairs);
@@ -836,7 +873,7 @@ struct Group {
         }
         if (!gradient) return;
         clear(gradients, pairs);
-        products<Real, false>(mixed, many_s, teachers(), many_t, 0, end, gradients);
+        products<Real, INNER>(mixed, many_s, teachers(), many_t, 0, end, gradients);
         totals<Real, ACROSS>(gradients, pairs);
         differentiate_weights();
         for (int64_t j = 0; j < pairs; j++) {
@@ -877,7 +914,7 @@ struct Group {
     void mse_of_pairs() {
         const int64_t pairs = many_s * many_t;
         clear(values, pairs);
-        products<Real, true>(states, many_s, teachers(), many_t, 0, end, values);
+        products<Real, SQUARES>(states, many_s, teachers(), many_t, 0, end, values);
         totals<Real, ACROSS>(values, pairs);
         for (int64_t j = 0; j < pairs; j++) values[j] /= Real(problem.width);
     }
