@@ -34,7 +34,7 @@ test: $(test)  ## the tests, without the exhaustive matrix and the GPU tests
 test-all: $(test)  ## every test; those that need a GPU run where there is one
 	$(run)pytest -m "" $(ARGS)
 
-bench: $(runtime)  ## the benchmarks' CPU set, about ten minutes: JSON, tables and plots in runs/bench
+bench: $(runtime)  ## the benchmarks' CPU set, about fifteen minutes: JSON, tables and plots in runs/bench
 	$(run)kdfast bench --device cpu --json runs/bench/cpu-$(now)/results.json \
 		--report runs/bench/cpu-$(now) $(ARGS)
 

@@ -616,8 +616,8 @@ struct Group {
             softmax<Real>(scores + i * many_t, many_t, Real(problem.scale), weights + i * many_t);
     }
 
-    // dS_ij = scale alpha_ij (g_ij - sum_k alpha_ik g_ik), in the place of g = `gradients`. The mean
-    // is taken off twice: weights do not add up to 1 to the last digit, and what is left of a large
+    // dS_ij = scale alpha_ij (g_ij - sum_k alpha_ik g_ik), in the place of g = `gradients`. The
+    // mean is taken off twice: weights do not add up to 1 to the last digit, and what is left of a large
     // one would be all that is seen.
     NOINLINE void differentiate_weights() {
         for (int64_t i = 0; i < many_s; i++) {
@@ -1013,8 +1013,8 @@ struct Group {
         return close ? better : value;
     }
 
-    // mse and kl, whose gradients are of differences: of states, or of q and p. With k_i the upstream
-    // gradient times 2 / d or 1 / T,
+    // mse and kl, whose gradients are of differences: of states, or of q and p. With k_i the
+    // upstream gradient times 2 / d or 1 / T,
     //
     //     D_i = k_i sum_j alpha_ij (h_i - g_j)           or of (q_i - p_j)
     //
