@@ -147,24 +147,14 @@ Tensor loss_forward(const Tensors& layers_s, const Tensors& layers_t, const Mask
     return call.made[0];
 }
 
-Tensors loss_backward(const Tensor& grad_rows, const Tensors& layers_s, const Tensors& layers_t,
-                      const Mask& mask, const std::string& objective, bool losses, double scale,
-                      double temperature, std::vector<int64_t> wanted) {
+template <bool ROWS>
+Tensors loss_gradients(const Tensor& grad_rows, const Tensors& layers_s, const Tensors& layers_t,
+                       const Mask& mask, const std::string& objective, bool losses, double scale,
+                       double temperature, std::vector<int64_t> wanted) {
     Call call(LOSS_BACKWARD, layers_s, layers_t, mask, scale);
     call.set_loss(objective, losses, temperature);
     call.set_upstream(grad_rows);
-    call.make(wanted, call.like.scalar_type());
-    call.run();
-    return call.made;
-}
-
-Tensors loss_fused(const Tensor& grad_rows, const Tensors& layers_s, const Tensors& layers_t,
-                   const Mask& mask, const std::string& objective, bool losses, double scale,
-                   double temperature, std::vector<int64_t> wanted) {
-    Call call(LOSS_BACKWARD, layers_s, layers_t, mask, scale);
-    call.set_loss(objective, losses, temperature);
-    call.set_upstream(grad_rows);
-    call.problem.rows = call.statistics({call.problem.many_s});
+    if (ROWS) call.problem.rows = call.statistics({call.problem.many_s});
     call.make(wanted, call.like.scalar_type());
     call.run();
     return call.made;
@@ -176,6 +166,6 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
     m.impl("layer_projection_forward_cpp", TORCH_BOX(&project));
     m.impl("layer_projection_backward_cpp", TORCH_BOX(&project_backward));
     m.impl("layer_projection_loss_forward_cpp", TORCH_BOX(&loss_forward));
-    m.impl("layer_projection_loss_backward_cpp", TORCH_BOX(&loss_backward));
-    m.impl("layer_projection_loss_fused_cpp", TORCH_BOX(&loss_fused));
+    m.impl("layer_projection_loss_backward_cpp", TORCH_BOX(&loss_gradients<false>));
+    m.impl("layer_projection_loss_fused_cpp", TORCH_BOX(&loss_gradients<true>));
 }

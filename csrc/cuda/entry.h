@@ -1,4 +1,4 @@
-// What the entry points of both operators ask of their tensors.
+// What the entry points ask of their tensors.
 
 #pragma once
 

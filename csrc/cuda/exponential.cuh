@@ -1,4 +1,4 @@
-// What the arithmetic of both operators begins with: exponents are to base 2.
+// What the arithmetic of divergences and softmaxes begins with: exponents are to base 2.
 
 #pragma once
 

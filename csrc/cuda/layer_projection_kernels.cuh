@@ -14,8 +14,7 @@
 
 #include "ampere.cuh"
 #include "layer_projection.cuh"
-
-#include <type_traits>
+#include "numbers.cuh"
 
 namespace kdfast::projection {
 
@@ -54,17 +53,6 @@ struct Call {
 // 16-byte units of a row, an odd number: eight rows' units of equal number lie in different banks.
 KDFAST_INLINE constexpr int pitch_of(int bytes) { return ((bytes + 15) / 16 | 1) * 16; }
 KDFAST_INLINE constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-
-template <typename T>
-__device__ T from_float(float x) {
-  if constexpr (std::is_same_v<T, float>) return x;
-  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
-  else return __float2bfloat16_rn(x);
-}
 
 template <typename T>
 __device__ float2 unpack(uint32_t both) {

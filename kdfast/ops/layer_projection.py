@@ -298,7 +298,7 @@ class _Loss(torch.autograd.Function):
         mask: Tensor | None,
         *layers: Tensor,
     ) -> Tensor:
-        ctx.backend, ctx.fused, ctx.reduction, ctx.many_s = backend, fused, reduction, many_s
+        ctx.backend, ctx.reduction, ctx.many_s = backend, reduction, many_s
         ctx.options = (objective, losses, scale, temperature)
         inputs = (list(layers[:many_s]), list(layers[many_s:]), mask, *ctx.options)
         factor = _factor(layers[0], many_s, mask, reduction)

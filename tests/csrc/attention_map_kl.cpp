@@ -10,6 +10,8 @@
 namespace {
 
 using namespace kdfast::map;
+using kdfast::from_float;
+using kdfast::to_float;
 
 constexpr float INF = HUGE_VALF;
 
