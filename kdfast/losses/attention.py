@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -15,6 +17,8 @@ from kdfast.losses.layers import (
 )
 from kdfast.ops.attention_kl import attention_kl
 
+RELATIONS = ("query", "key", "value")
+
 
 class AttentionKLLoss(nn.Module):
     """KL between the attention maps of teacher and student, mean over valid rows, heads and batch.
@@ -26,8 +30,13 @@ class AttentionKLLoss(nn.Module):
         layers: "sum" (the paper's reading) or "mean" over layer pairs.
         backend: see kdfast.attention_kl.
 
+    unit: "tokens" (query rows); couples_samples: False.
+
     Source: Aguilar et al. 2020, L_kl; MiniLM, L_AT.
     """
+
+    couples_samples = False
+    unit = "tokens"
 
     def __init__(
         self,
@@ -89,32 +98,60 @@ class RelationKLLoss(nn.Module):
 
     Args:
         relation_heads: number of heads the [B, N, D] projections are regrouped into on both sides;
-            must divide both widths. Head counts and widths need not match.
+            must divide both widths. Head counts and widths need not match. None: the models' own
+            heads, whose numbers must agree (widths need not), as in MiniLM.
+        relations: which of the three are summed: all for MiniLMv2, ("value",) for MiniLM's L_VR.
         layers: "sum" or "mean" over layer pairs.
         backend: see kdfast.attention_kl.
 
-    Source: MiniLMv2 (Wang et al. 2021): the sum of the three, equal weights.
+    unit: "tokens" (rows of the relations); couples_samples: False.
+
+    Source: MiniLMv2 (Wang et al. 2021): the sum of the three, equal weights; MiniLM (Wang et al.
+    2020), L_VR: values alone, softmax(V Vᵀ/√d) per head.
     """
 
-    def __init__(self, relation_heads: int, *, layers: str = "sum", backend: str = "auto") -> None:
+    couples_samples = False
+    unit = "tokens"
+
+    def __init__(
+        self,
+        relation_heads: int | None = None,
+        *,
+        relations: Sequence[str] = RELATIONS,
+        layers: str = "sum",
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         self.relation_heads = relation_heads
+        if isinstance(relations, str) or not relations or len(set(relations)) < len(relations):
+            raise ValueError(
+                f"relations must be some of {', '.join(RELATIONS)}, each once, was {relations!r}"
+            )
+        self.relations = [choose("relations", name, RELATIONS) for name in relations]
         self.layers = choose("layers", layers, LAYER_REDUCTIONS)
         self.backend = backend
 
     def forward(
         self,
-        query_s: Layers,
-        key_s: Layers,
-        value_s: Layers,
-        query_t: Layers,
-        key_t: Layers,
-        value_t: Layers,
+        query_s: Layers | None,
+        key_s: Layers | None,
+        value_s: Layers | None,
+        query_t: Layers | None,
+        key_t: Layers | None,
+        value_t: Layers | None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Each [B, H, N, d] (H_kv for keys and values) or a sequence of them. Returns a scalar."""
+        """
+        Each [B, H, N, d] (H_kv for keys and values) or a sequence of them; what `relations` leaves
+        out may be None. attention_mask: [B, N], 1 = token. Returns a scalar.
+        """
+        given = ((query_s, query_t), (key_s, key_t), (value_s, value_t))
+        states = dict(zip(RELATIONS, given, strict=True))
         total: torch.Tensor | None = None
-        for states_s, states_t in ((query_s, query_t), (key_s, key_t), (value_s, value_t)):
+        for name in self.relations:
+            states_s, states_t = states[name]
+            if states_s is None or states_t is None:
+                raise ValueError(f"{name}_s and {name}_t are compared (relations), one was None")
             student, teacher = as_layers(states_s), teacher_layers(states_s, states_t)
             losses = attention_kl(
                 student,

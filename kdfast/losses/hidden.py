@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +24,12 @@ ROWS = ("cls", "tokens")
 
 
 class _HiddenLoss(nn.Module):
-    """Rows of each layer pair, projected where widths differ, compared by `distance`."""
+    """Rows of each layer pair, projected where widths differ, compared by `distance`.
+
+    unit: what its mean runs over; no sample is coupled with another.
+    """
+
+    couples_samples = False
 
     def __init__(
         self,
@@ -34,6 +41,7 @@ class _HiddenLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.rows = choose("rows", rows, ROWS)
+        self.unit = "samples" if rows == "cls" else "tokens"
         self.layers = choose("layers", layers, LAYER_REDUCTIONS)
         self.projections = LearnedProjections(student_width, teacher_width, pairs)
 
@@ -42,11 +50,16 @@ class _HiddenLoss(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, hidden_s: Layers, hidden_t: Layers, attention_mask: torch.Tensor | None = None
+        self,
+        hidden_s: Layers,
+        hidden_t: Layers,
+        attention_mask: torch.Tensor | None = None,
+        which: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """
         hidden_s, hidden_t: [B, N, D] each, or a sequence of them, one per layer pair.
         attention_mask: [B, N], 1 = token; padded tokens leave the mean. Unused with rows="cls".
+        which: where only some layer pairs are given, their numbers (from 0).
         Returns a scalar; raises ValueError when shapes disagree.
         """
         # The [CLS] slice is taken before the projection, which then maps B rows and not B·N.
@@ -55,7 +68,7 @@ class _HiddenLoss(nn.Module):
             attention_mask = None
         else:
             pairs = as_pairs(hidden_s, hidden_t)
-        projected = self.projections([s for s, _ in pairs])
+        projected = self.projections([s for s, _ in pairs], which)
         losses = []
         for student, (_, teacher) in zip(projected, pairs, strict=True):
             check_widths(student, teacher)
@@ -73,6 +86,8 @@ class CosineLoss(_HiddenLoss):
         student_width, teacher_width: give both where they differ; one projection a pair is learned.
         pairs: number of layer pairs.
         layers: "sum" (the paper's reading) or "mean" over pairs.
+
+    unit: "samples" with rows="cls", "tokens" otherwise; couples_samples: False.
 
     Source: Aguilar et al. 2020, L_cos; DistilBERT's cosine loss with rows="tokens".
     """
@@ -97,6 +112,8 @@ class HiddenMSELoss(_HiddenLoss):
 
     Args: as CosineLoss, and
         normalize: divide each state by its Euclidean norm first, as PKD does.
+
+    unit: "samples" with rows="cls", "tokens" otherwise; couples_samples: False.
 
     Source: TinyBERT's hidden loss (rows="tokens"); PKD's L_PT (rows="cls", normalize=True).
     """

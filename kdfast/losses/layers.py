@@ -10,6 +10,11 @@ from torch import nn
 Layers = torch.Tensor | Sequence[torch.Tensor]
 
 LAYER_REDUCTIONS = ("sum", "mean")
+# Padded positions are left out, or take part as in papers whose formulas have no mask.
+PADDINGS = ("masked", "counted")
+# What the mean of a loss runs over: `unit` of each loss module. Micro-batches that are weighted by
+# how many they have of it add up to the joined batch, unless the module says `couples_samples`.
+UNITS = ("samples", "tokens")
 
 
 def choose(argument: str, value: str, allowed: Sequence[str]) -> str:
@@ -72,16 +77,28 @@ class LearnedProjections(nn.Module):
                     nn.Linear(student_width, teacher_width, bias=False) for _ in range(pairs)
                 )
 
-    def forward(self, layers: Layers) -> list[torch.Tensor]:
+    def forward(self, layers: Layers, which: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """
+        layers: [..., D_s], one per layer pair.
+        which: the numbers of the pairs (from 0) that `layers` are of; None: all of them, in order.
+        """
         students = as_layers(layers)
+        if which is not None and len(which) != len(students):
+            raise ValueError(f"which names {len(which)} pairs of {len(students)} student layers")
         if not self.maps:
             return students
-        if len(students) != len(self.maps):
+        if which is None:
+            which = range(len(self.maps))
+        if len(students) != len(which):
             raise ValueError(
                 f"this loss was made with pairs={len(self.maps)} projections and got "
-                f"{len(students)} student layers"
+                f"{len(students)} student layers; name the pairs they are of by `which`"
             )
-        return [project(x) for project, x in zip(self.maps, students, strict=True)]
+        if not all(0 <= k < len(self.maps) for k in which) or len(set(which)) < len(which):
+            raise ValueError(
+                f"which must be different numbers from 0 to {len(self.maps) - 1}, was {list(which)}"
+            )
+        return [self.maps[k](x) for k, x in zip(which, students, strict=True)]
 
 
 def check_widths(student: torch.Tensor, teacher: torch.Tensor) -> None:
@@ -101,5 +118,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     """Mean of [B, N] values over the tokens of a [B, N] mask (1 = token); 0 if there are none."""
     if mask is None:
         return values.mean()
+    if mask.shape != values.shape:
+        raise ValueError(f"mask {list(mask.shape)} should have shape {list(values.shape)}")
     keep = mask.bool()
     return values.masked_fill(~keep, 0).sum() / keep.sum().clamp(min=1)

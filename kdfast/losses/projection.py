@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from kdfast.losses.layers import (
     LAYER_REDUCTIONS,
+    UNITS,
     Layers,
     LearnedProjections,
     as_layers,
@@ -29,10 +32,16 @@ class LayerProjectionLoss(nn.Module):
         student_width, teacher_width, pairs: give them where widths differ; one projection per
             student layer (`pairs` of them) is learned.
         layers: "sum" (ALP-KD) or "mean" over student layers.
+        unit: what the leading dimensions of the states are, "samples" (pooled states, logits) or
+            "tokens": the loss is their mean. For whoever weighs micro-batches; changes nothing.
         backend: see kdfast.layer_projection_loss.
+
+    couples_samples: False.
 
     Source: ALP-KD (Passban et al. 2021); Universal-KD (Wu et al. 2021).
     """
+
+    couples_samples = False
 
     def __init__(
         self,
@@ -45,9 +54,11 @@ class LayerProjectionLoss(nn.Module):
         teacher_width: int | None = None,
         pairs: int = 1,
         layers: str = "sum",
+        unit: str = "samples",
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        self.unit = choose("unit", unit, UNITS)
         self.objective = choose("objective", objective, ("mse", "cosine", "kl"))
         self.attend = choose("attend", attend, ("states", "losses"))
         self.scale = arguments.finite("LayerProjectionLoss", "scale", scale)
@@ -57,13 +68,18 @@ class LayerProjectionLoss(nn.Module):
         self.backend = backend
 
     def forward(
-        self, layers_s: Layers, layers_t: Layers, mask: torch.Tensor | None = None
+        self,
+        layers_s: Layers,
+        layers_t: Layers,
+        mask: torch.Tensor | None = None,
+        which: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """
         layers_s: L_s tensors [..., D]; layers_t: L_t tensors [..., D]; mask [...], 1 = token.
+        which: where only some student layers are given, their numbers (from 0).
         Returns a scalar.
         """
-        students = self.projections(layers_s)
+        students = self.projections(layers_s, which)
         teachers = as_layers(layers_t)
         dtype = torch.promote_types(students[0].dtype, teachers[0].dtype)
         students, teachers = ([x.to(dtype) for x in side] for side in (students, teachers))

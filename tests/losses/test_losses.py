@@ -4,13 +4,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdfast import (
+from kdfast.losses import (
+    AnnealingLoss,
     AttentionKLLoss,
+    AttentionScoreLoss,
     CKALoss,
+    ClusteredMemoryLoss,
     CosineLoss,
     HiddenMSELoss,
     LayerProjectionLoss,
     RelationKLLoss,
+    RKDLoss,
     SoftLabelLoss,
 )
 
@@ -153,25 +157,132 @@ def test_cka_loss_refuses_the_logarithm_of_an_estimate_that_may_be_negative():
         CKALoss(estimator="unbiased")
 
 
-@pytest.mark.parametrize("rows", ["tokens", "samples"])
-def test_cka_loss_of_too_few_rows_is_zero_with_zero_gradient(rows):
-    shape = (1, N, D) if rows == "samples" else (B, 1, D)
-    s = torch.randn(shape, requires_grad=True)
-    loss = CKALoss(rows)(s, torch.randn(shape))
+@pytest.mark.parametrize("form", ["neg_log", "neg_log_of_mean", "one_minus", "one_minus_root"])
+@pytest.mark.parametrize("rows", ["tokens", "samples", "all_tokens"])
+def test_cka_loss_of_too_few_rows_is_zero_with_zero_gradient(rows, form):
+    shape = {"samples": (1, N, D), "tokens": (B, 1, D), "all_tokens": (1, 1, D)}[rows]
+    s = torch.randn(shape, dtype=torch.float16, requires_grad=True)
+    loss = CKALoss(rows, form=form)([s, s], [torch.randn(shape)] * 2)
     loss.backward()
-    assert loss == 0 and s.grad.abs().sum() == 0
+    assert loss == 0 and loss.dtype == torch.float32 and s.grad.abs().sum() == 0
 
 
-def test_cka_loss_leaves_out_samples_with_one_valid_token(mask):
+def test_cka_loss_counts_samples_with_one_valid_token_as_zero(mask):
     mask[1, 1:] = 0
     (s,), (t,) = states(6), states(D)
     s.requires_grad_()
     kept = [b for b in range(B) if mask[b].sum() > 1]
-    expected = CKALoss()(s[kept], t[kept], mask[kept])
+    expected = CKALoss()(s[kept], t[kept], mask[kept]) * len(kept) / B
     loss = CKALoss()(s, t, mask)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert s.grad.isfinite().all() and s.grad[1].abs().sum() == 0
+
+
+def test_cka_losses_of_micro_batches_average_to_that_of_the_joined_batch():
+    s, t = torch.randn(4, N, 6), torch.randn(4, N, D)
+    mask = torch.ones(4, N, dtype=torch.long)
+    mask[1, 1:] = 0  # no CKA of a single token
+    halves = [CKALoss()(s[half], t[half], mask[half]) for half in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(sum(halves) / 2, CKALoss()(s, t, mask))
+
+
+def test_cka_loss_of_the_mean_takes_the_logarithm_last(mask):
+    (s,), (t,) = states(6), states(D)
+    values = [dense_cka(s[b][mask[b].bool()], t[b][mask[b].bool()]).abs() for b in range(B)]
+    expected = -(torch.stack(values).mean() + 1e-8).log()
+    torch.testing.assert_close(CKALoss(form="neg_log_of_mean")(s, t, mask), expected)
+
+
+def test_cka_loss_without_masking_counts_padded_positions(mask):
+    (s,), (t,) = states(6), states(D)
+    for rows in ("tokens", "samples", "all_tokens"):
+        loss = CKALoss(rows, padding="counted")(s, t, mask)
+        torch.testing.assert_close(loss, CKALoss(rows)(s, t))
+
+
+def test_hidden_state_matching_is_one_minus_the_ratio_of_norms_over_all_valid_tokens(mask):
+    (s,), (t,) = states(3), states(4)
+    x, y = ((h[mask.bool()] - h[mask.bool()].mean(0)) for h in (s, t))
+    expected = 1 - (x.T @ y).norm() / ((x.T @ x).norm() * (y.T @ y).norm()).sqrt()
+    torch.testing.assert_close(CKALoss("all_tokens", form="one_minus_root")(s, t, mask), expected)
+
+
+@pytest.mark.parametrize("form", ["neg_log", "neg_log_of_mean", "one_minus", "one_minus_root"])
+def test_features_without_alignment_have_finite_gradients(form):
+    s = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]], requires_grad=True)
+    t = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]])
+    CKALoss(form=form)(s, t).backward()
+    assert s.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["neg_log", "neg_log_of_mean", "one_minus", "one_minus_root"])
+@pytest.mark.parametrize("rows", ["tokens", "samples", "all_tokens"])
+def test_cka_loss_of_student_equal_to_teacher_is_zero(rows, form, mask):
+    (s,) = states()
+    assert CKALoss(rows, form=form)(s, s, mask).abs() < 2e-8
+
+
+def test_losses_say_what_their_mean_runs_over_and_whether_they_couple_samples():
+    expected = {
+        CosineLoss(): ("samples", False),
+        HiddenMSELoss(): ("tokens", False),
+        AttentionKLLoss(): ("tokens", False),
+        RelationKLLoss(2): ("tokens", False),
+        CKALoss(): ("samples", False),
+        CKALoss("samples"): ("samples", True),
+        CKALoss("all_tokens"): ("samples", True),
+        CKALoss(form="neg_log_of_mean"): ("samples", True),
+        RKDLoss(): ("samples", True),
+        ClusteredMemoryLoss(2, 1, 1, 1): ("samples", False),
+        AttentionScoreLoss(): ("samples", False),
+        AnnealingLoss(): ("samples", False),
+        SoftLabelLoss(unit="tokens"): ("tokens", False),
+        LayerProjectionLoss(unit="tokens"): ("tokens", False),
+    }
+    assert {loss: (loss.unit, loss.couples_samples) for loss in expected} == expected
+
+
+@pytest.mark.parametrize("loss", [CosineLoss, HiddenMSELoss])
+def test_a_subset_of_pairs_uses_the_projections_of_those_pairs(loss):
+    module = loss("tokens", student_width=4, teacher_width=D, pairs=3).double()
+    s, t = states(4, 3), states(D, 3)
+    some = module([s[2], s[0]], [t[2], t[0]], which=[2, 0])
+    one = module([s[1]], [t[1]], which=[1])
+    torch.testing.assert_close(some + one, module(s, t))
+    some.backward()
+    assert [p.grad is None for p in module.parameters()] == [False, True, False]
+
+
+def test_layer_projection_of_a_subset_uses_its_projections():
+    module = LayerProjectionLoss(student_width=4, teacher_width=D, pairs=3).double()
+    s, t = states(4, 3), states(D, 2)
+    parts = [module([s[k]], t, which=[k]) for k in range(3)]
+    torch.testing.assert_close(sum(parts), module(s, t))
+
+
+@pytest.mark.parametrize("which", [[0], [0, 3], [1, 1], [-1, 0]])
+def test_numbers_that_name_no_pair_are_an_error(which):
+    module = CosineLoss("tokens", student_width=4, teacher_width=D, pairs=3).double()
+    with pytest.raises(ValueError, match="which"):
+        module(states(4, 2), states(D, 2), which=which)
+
+
+def test_minilm_value_relation_keeps_heads_and_needs_no_equal_widths(mask):
+    value_s, value_t = heads(4), heads(6)
+    loss = RelationKLLoss(relations=("value",))(None, None, value_s, None, None, value_t, mask)
+    torch.testing.assert_close(loss, map_divergence(value_s, value_s, value_t, value_t, mask))
+
+
+def test_relations_add_up():
+    student, teacher = [heads() for _ in range(3)], [heads() for _ in range(3)]
+    parts = [RelationKLLoss(relations=(r,))(*student, *teacher) for r in ("query", "key", "value")]
+    torch.testing.assert_close(RelationKLLoss()(*student, *teacher), sum(parts))
+
+
+def test_a_relation_without_its_states_is_an_error():
+    with pytest.raises(ValueError, match="query_s"):
+        RelationKLLoss()(None, heads(), heads(), heads(), heads(), heads())
 
 
 def test_layer_projection_loss_sums_squared_distances_to_the_mixtures():
@@ -216,6 +327,13 @@ def test_soft_labels_of_one_class_point_to_regression():
         (lambda: LayerProjectionLoss(temperature=0.0), "temperature"),
         (lambda: LayerProjectionLoss(scale=float("inf")), "scale"),
         (lambda: CKALoss(form="log"), "form"),
+        (lambda: CKALoss(form="one_minus_root", estimator="unbiased"), "unbiased"),
+        (lambda: CKALoss(padding="none"), "padding"),
+        (lambda: RelationKLLoss(relations=()), "relations"),
+        (lambda: RelationKLLoss(relations=("value", "value")), "relations"),
+        (lambda: RelationKLLoss(relations="value"), "relations"),
+        (lambda: RelationKLLoss(relations=("values",)), "relations"),
+        (lambda: LayerProjectionLoss(unit="words"), "unit"),
         (lambda: AttentionKLLoss(direction="up"), "direction"),
         (lambda: LayerProjectionLoss(objective="l1"), "objective"),
         (lambda: SoftLabelLoss(0.0), "temperature"),
@@ -236,7 +354,16 @@ def test_half_precision_states_give_fp32_losses(make, dtype):
 
 
 @pytest.mark.parametrize(
-    "loss", [CosineLoss(), CosineLoss("tokens"), HiddenMSELoss(), CKALoss(), CKALoss("samples")]
+    "loss",
+    [
+        CosineLoss(),
+        CosineLoss("tokens"),
+        HiddenMSELoss(),
+        CKALoss(),
+        CKALoss("samples"),
+        CKALoss(form="neg_log_of_mean"),
+        CKALoss("all_tokens", form="one_minus_root"),
+    ],
 )
 def test_gradients_match_finite_differences(loss, mask):
     (s,), (t,) = states(), states()
