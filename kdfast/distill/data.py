@@ -1,4 +1,4 @@
-"""Labelled sentences from anywhere, split into the four parts that a distillation needs."""
+"""Sentences from anywhere, split into the four parts that a distillation needs."""
 
 import csv
 import dataclasses
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
+from kdfast.distill import glue
 from kdfast.distill.demo import demo_sentences
 from kdfast.distill.models import first_line, quick_offline
 from kdfast.errors import InputError, nearest
@@ -25,7 +26,12 @@ from kdfast.errors import InputError, nearest
 # Test rows are drawn first and student rows last: another student_train leaves the test part, the
 # dev part and the teacher's sentences as they were, so results stay comparable.
 PARTS = ("test", "dev", "teacher_train", "student_train")
-EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".conll")
+KINDS = ("classification", "regression", "embedding", "reranking", "token_classification")
+# Kinds whose labels are numbers on a scale, which a single logit predicts.
+SCALED = ("regression", "reranking")
+# Position of a word piece (or of padding) that has no label of its own: torch's ignore_index.
+NO_LABEL = -100
 # Below this a part measures nothing; parts that shrink do not shrink further.
 SMALLEST_PART = 10
 # Whole numbers written as floats (1.0, 2.0) are classes up to this many, scores beyond.
@@ -46,39 +52,109 @@ TEXT_PAIRS = (
 )
 TEXT_NAMES = ("text", "sentence", "review", "content", "tweet", "comment", "utterance", "question")
 LABEL_NAMES = ("label", "labels", "target", "class", "category", "sentiment", "score", "rating")
+WORD_NAMES = ("tokens", "words", "text")
+TAG_NAMES = ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels", "label")
+PART_NAMES = {
+    "train": ("train", "training"),
+    # MNLI validates twice: the matched genres are the usual figure.
+    "validation": ("validation", "validation_matched", "valid", "val", "dev"),
+    "test": ("test",),
+}
 
 
 @dataclass
 class DataConfig:
     """Where the sentences come from, and how many of them go where.
 
-    `path`: "demo:reviews", "demo:tweets", a csv, tsv, json, jsonl or parquet file, a directory with
-    train, validation and test files (or one written by datasets' save_to_disk), or a Hub name,
-    optionally "name:configuration". Column names left at None are guessed and stated in the notes;
-    rows of one `group` stay in one part. A source's own test and validation parts are used.
+    `path`: "demo:reviews" (the default), "demo:tweets", a csv, tsv, json, jsonl, parquet or conll
+    file, a directory with train, validation and test files (or one written by datasets'
+    save_to_disk), or a Hub name, optionally "name:configuration". Column names left at None are
+    guessed and stated in the notes; rows of one `group` stay in one part. A source's own test and
+    validation parts are used.
+
+    `task`: a GLUE task, see kdfast.distill.glue. `path` is then a folder or file in GLUE's layout,
+    by default the Hub's. The official dev set is the test part (the test sets have no labels),
+    `dev` rows are held out of train, and MNLI's mismatched dev set is a test part more. As
+    everywhere, training rows whose text is also in a test part, or occurs twice, are dropped with a
+    note.
+
+    `kind`: what the labels are; "auto" tells "classification" (class names or numbers) from
+    "regression" (fractions). "embedding": texts without labels; "reranking": text pairs with a
+    relevance (0 and 1, or graded); "token_classification": lists of words and of tags, or conll
+    files (a word a line, its tag last, an empty line after each sentence).
+
+    `teacher_train`, `student_train`, `dev`, `test`: rows; "all" is all that the other parts leave
+    of their source (one part of a source only). Default 4000, 1000, 500 and 4000; with a task dev 0
+    and test "all". `shared`: teacher_train and student_train are the same rows, as in the papers,
+    by default "all"; without it they have no row in common.
+
+    `max_length`: tokens of a text (or a pair), default 64, with a task 128. `pad`: batches to their
+    "longest" row, or all to "max_length".
     """
 
-    path: str = "demo:reviews"
+    path: str | None = None
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
     group: str | None = None
     test_path: str | None = None
-    teacher_train: int = 4000
-    student_train: int = 1000
-    dev: int = 500
-    test: int = 4000
-    max_length: int = 64
+    teacher_train: int | Literal["all"] | None = None
+    student_train: int | Literal["all"] | None = None
+    dev: int | Literal["all"] | None = None
+    test: int | Literal["all"] | None = None
+    max_length: int | None = None
     seed: int = 0
+    task: str | None = None
+    kind: str = "auto"
+    shared: bool = False
+    pad: str = "longest"
+
+    def __post_init__(self) -> None:
+        """Puts the defaults in, so that every field says what holds. Raises InputError."""
+        for field, allowed in (("kind", ("auto", *KINDS)), ("pad", ("longest", "max_length"))):
+            if (value := getattr(self, field)) not in allowed:
+                raise InputError(
+                    f"data.{field} must be {', '.join(allowed[:-1])} or {allowed[-1]}, was "
+                    f"{value!r}{nearest(value, allowed)}"
+                )
+        defaults: dict[str, Any] = {
+            "path": "demo:reviews",
+            **dict(zip(PARTS, (4000, 500, 4000, 1000), strict=True)),
+            "max_length": 64,
+        }
+        if self.task is not None:
+            task = glue.glue_task(self.task)
+            own = "regression" if task.regression else "classification"
+            if self.kind not in ("auto", own):
+                raise InputError(f"data.kind is '{self.kind}', but GLUE's {self.task} is a {own}")
+            if given := [n for n in ("text", "text_pair", "label", "group") if getattr(self, n)]:
+                raise InputError(f"data.task names its own columns: leave data.{given[0]} out")
+            self.kind = own
+            defaults |= {"path": f"{glue.HUB}:{self.task}", "dev": 0, "test": "all"}
+            defaults["max_length"] = 128
+        if self.shared:
+            whole = self.student_train if self.teacher_train is None else self.teacher_train
+            defaults |= dict.fromkeys(PARTS[2:], "all" if whole is None else whole)
+        for field, default in defaults.items():
+            if getattr(self, field) is None:
+                setattr(self, field, default)
+
+    @property
+    def pad_to(self) -> int | None:
+        """DistillationCollator's pad_to."""
+        return self.max_length if self.pad == "max_length" else None
 
 
 @dataclass
 class Splits:
-    """Four disjoint parts, each with the columns text, [text_pair] and label.
+    """Four parts, each with the columns text, [text_pair] and label; disjoint, but for the two
+    train parts of `data.shared`.
 
-    Labels are class numbers into `label_names`, or floats when `regression`. `notes` say what was
-    guessed, dropped or shrunk. `fingerprints` hash the rows of each part, `fingerprint` all of them
-    and the configuration.
+    `kind` is one of KINDS. Labels are class numbers into `label_names`, floats when `regression`
+    (kinds "regression" and "reranking"), absent for embeddings; for token classification text is a
+    list of words and label as long a list of class numbers. `more_tests` has test parts beside the
+    first ("mismatched" for MNLI). `notes` say what was guessed, dropped or shrunk. `fingerprints`
+    hash the rows of each part, `fingerprint` all of them and the configuration.
     """
 
     teacher_train: datasets.Dataset
@@ -90,65 +166,116 @@ class Splits:
     notes: list[str]
     fingerprints: dict[str, str]
     fingerprint: str
+    kind: str = "classification"
+    more_tests: dict[str, datasets.Dataset] = dataclasses.field(default_factory=dict)
 
     @property
     def num_labels(self) -> int:
-        return len(self.label_names) if self.label_names is not None else 1
+        """Logits that these labels need; 0 where there are none."""
+        if self.label_names is not None:
+            return len(self.label_names)
+        return 0 if self.kind == "embedding" else 1
+
+    def part(self, name: str) -> datasets.Dataset:
+        """The part of that name, of `more_tests` too; InputError if there is none."""
+        parts = {part: getattr(self, part) for part in PARTS} | self.more_tests
+        if name not in parts:
+            raise InputError(
+                f"no part '{name}' in this data{nearest(name, parts)}: it has {', '.join(parts)}"
+            )
+        return parts[name]
 
 
 def load_data(config: DataConfig) -> Splits:
     """Reads, cleans and splits the sentences of `config`; the same seed gives the same parts.
 
-    Parts are stratified by label, or made of whole groups, and have exactly the sizes asked for
-    where there are enough rows; otherwise they shrink in proportion, and a note says so. Raises
-    InputError for whatever in the source or the configuration makes that impossible.
+    Parts are stratified by label (not those of words or without labels), or made of whole groups,
+    and have exactly the sizes asked for where there are enough rows; otherwise they shrink in
+    proportion, and a note says so. Raises InputError for whatever in the source or the
+    configuration makes that impossible.
     """
-    for part in PARTS:
-        if not isinstance(size := getattr(config, part), int) or size < 0:
-            raise InputError(f"data.{part} must be a whole number of rows, not {size!r}")
-    if not isinstance(config.seed, int) or config.seed < 0:
-        raise InputError(f"data.seed must be a whole number, 0 or more, not {config.seed!r}")
-    if not any(getattr(config, part) for part in PARTS):
-        raise InputError(f"all parts are empty: set one of data.{', data.'.join(PARTS)}")
+    _check_config(config)
     notes: list[str] = []
     sources, class_names = _read(config, notes)
-    columns = _columns(next(iter(sources.values())), config, notes)
-    names = class_names.get(columns["label"])
+    kind = config.kind
+    names: list[str] | None = None
+    if config.task is not None:
+        labelled = class_names.get("label")
+        of_task = glue.TASKS[config.task].label_names
+        names = None if of_task is None else list(of_task)
+        for source, table in sources.items():
+            sources[source] = glue.task_rows(table, config.task, source, labelled, notes)
+        columns = {column: column for column in next(iter(sources.values()))}
+    else:
+        columns = _columns(next(iter(sources.values())), config, notes)
+        names = class_names.get(columns.get("label", ""))
     tables = {}
     for source, table in sources.items():
-        rows = _clean(table, columns, names, source, notes)
+        if kind == "token_classification":
+            rows = _clean_words(table, columns, source, notes)
+        else:
+            rows = _clean(table, columns, names, source, notes)
         if len(rows):
             tables[source] = rows
     if config.test_path is not None and "test" not in tables:
         raise InputError(f"test file '{config.test_path}' has no row with both a text and a label")
-    label_names = _encode_labels(tables, names, notes)
-    parts = _split(tables, config, label_names is None, notes)
+    if not {"train", "all"} & set(tables):
+        raise InputError("no row of the training data has both a text and a label")
+    label_names = None
+    if kind == "token_classification":
+        label_names = _encode_tags(tables, names)
+    elif kind != "embedding":
+        label_names = _encode_labels(tables, names, kind, notes)
+        if kind == "auto":
+            kind = "regression" if label_names is None else "classification"
+    parts = _split(tables, config, kind, notes)
 
-    label_type = "float64" if label_names is None else "int64"
+    label_type = datasets.Value("int64" if label_names is not None else "float64")
+    text_type = datasets.Value("string")
+    words = kind == "token_classification"
     features = {
-        role: datasets.Value("string" if role.startswith("text") else label_type)
-        for role in ("text", "text_pair", "label")
+        role: [one] if words else one
+        for role, one in (("text", text_type), ("text_pair", text_type), ("label", label_type))
         if role in columns
     }
     made, fingerprints = {}, {}
-    for part in PARTS:
-        rows = {role: parts[part][role].tolist() for role in features}
-        if label_names is not None and len(found := set(rows["label"])) == 1:
+    for part, table in parts.items():
+        rows = {role: table[role].tolist() for role in features}
+        if kind == "classification" and len(found := set(rows["label"])) == 1:
+            assert label_names is not None
             raise InputError(
-                f"the {part} part ({len(parts[part])} rows) would hold one class only, "
+                f"the {part} part ({len(table)} rows) would hold one class only, "
                 f"'{label_names[found.pop()]}': ask for more rows (data.{part}), or take another "
                 "data.seed"
             )
         made[part] = datasets.Dataset.from_dict(rows, datasets.Features(features))
         fingerprints[part] = _hash(rows)
     return Splits(
-        **made,
+        **{part: made.pop(part) for part in PARTS},
         label_names=label_names,
-        regression=label_names is None,
+        regression=kind in SCALED,
         notes=notes,
         fingerprints=fingerprints,
         fingerprint=_hash([dataclasses.asdict(config), label_names, fingerprints]),
+        kind=kind,
+        more_tests=made,
     )
+
+
+def _check_config(config: DataConfig) -> None:
+    for part in PARTS:
+        size = getattr(config, part)
+        if size != "all" and (not isinstance(size, int) or size < 0):
+            raise InputError(f"data.{part} must be a whole number of rows or 'all', not {size!r}")
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise InputError(f"data.seed must be a whole number, 0 or more, not {config.seed!r}")
+    if not any(getattr(config, part) for part in PARTS):
+        raise InputError(f"all parts are empty: set one of data.{', data.'.join(PARTS)}")
+    if config.shared and config.teacher_train != config.student_train:
+        raise InputError(
+            "data.shared makes teacher_train and student_train the same rows: their sizes were "
+            f"{config.teacher_train} and {config.student_train}"
+        )
 
 
 # Sources: each gives named tables, {"all": ...} or {"train": ..., "validation": ..., "test": ...}.
@@ -158,25 +285,26 @@ def _read(
     config: DataConfig, notes: list[str]
 ) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
     """Tables by name, and the class names that a Hub set declares for its integer columns."""
-    path = os.path.expanduser(config.path)
+    path = os.path.expanduser(str(config.path))
     names: dict[str, list[str]] = {}
     if path.startswith("demo:"):
         tables = {"all": demo_sentences(path.removeprefix("demo:"))}
     elif os.path.isdir(path):
-        tables, names = _read_directory(Path(path), notes)
+        tables, names = _read_directory(Path(path), config.task, notes)
     elif os.path.isfile(path) or Path(path).suffix.lower() in EXTENSIONS:
-        tables = {"all": _read_file(Path(path), notes)}
+        tables = {"all": _read_file(Path(path), notes, config.task)}
     elif path.startswith((".", os.sep)) or path.count("/") > 1 or not path:
         raise InputError(f"no data.path '{config.path}': give a file, a folder or a Hub name")
     else:
-        tables, names = _read_hub(path, notes)
+        tables, names = _read_hub(path, config.task, notes)
     if config.test_path is not None:
         tables = {("train" if name == "all" else name): table for name, table in tables.items()}
-        tables["test"] = _read_file(Path(os.path.expanduser(config.test_path)), notes)
+        test_path = Path(os.path.expanduser(config.test_path))
+        tables["test"] = _read_file(test_path, notes, config.task)
     return tables, names
 
 
-def _read_file(path: Path, notes: list[str]) -> pd.DataFrame:
+def _read_file(path: Path, notes: list[str], task: str | None = None) -> pd.DataFrame:
     kind = path.suffix.lower()
     if kind not in EXTENSIONS:
         raise InputError(f"cannot read '{path}': its name must end in {', '.join(EXTENSIONS)}")
@@ -187,6 +315,8 @@ def _read_file(path: Path, notes: list[str]) -> pd.DataFrame:
             raise InputError(f"'{path}' is empty")
         if kind == ".parquet":
             table = pd.read_parquet(path)
+        elif kind == ".tsv" and task is not None:
+            table = glue.read_tsv(path, notes)
         else:
             encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
             try:
@@ -219,6 +349,8 @@ def _read_text(path: Path, kind: str, encoding: str) -> pd.DataFrame:
             if kind == ".jsonl":
                 raise
             return pd.read_json(path, lines=True, **settings)
+    if kind == ".conll":
+        return _read_conll(path.read_text(encoding))
     # "None" and "NA" are words here, and labels: only an empty cell is missing.
     settings = {"encoding": encoding, "keep_default_na": False, "na_values": [""]}
     if kind == ".csv":
@@ -235,17 +367,36 @@ def _read_text(path: Path, kind: str, encoding: str) -> pd.DataFrame:
     return pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, **settings)
 
 
+def _read_conll(text: str) -> pd.DataFrame:
+    """Sentences of words and tags: first and last column of each line; comments start with '# '."""
+    sentences: list[list[list[str]]] = [[]]
+    for line in text.split("\n"):
+        cells = line.split()
+        if not cells or cells[0] == "-DOCSTART-":
+            sentences.append([])
+        elif not line.startswith("# "):
+            if len(cells) < 2:
+                raise ValueError(f"a line has a word and no tag: '{line.strip()[:40]}'")
+            sentences[-1].append(cells)
+    filled = [sentence for sentence in sentences if sentence]
+    return pd.DataFrame(
+        {
+            "words": [[cells[0] for cells in sentence] for sentence in filled],
+            "tags": [[cells[-1] for cells in sentence] for sentence in filled],
+        }
+    )
+
+
 def _read_directory(
-    path: Path, notes: list[str]
+    path: Path, task: str | None, notes: list[str]
 ) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
+    part_names = PART_NAMES
+    if task is not None:
+        path, part_names = glue.task_folder(path, task), glue.PART_NAMES
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _tables(datasets.load_from_disk(str(path)), str(path), notes)
+        return _tables(datasets.load_from_disk(str(path)), str(path), part_names, notes)
     tables = {}
-    for name, aliases in (
-        ("train", ("train", "training")),
-        ("validation", ("validation", "valid", "val", "dev")),
-        ("test", ("test",)),
-    ):
+    for name, aliases in part_names.items():
         # Hub folders number their files: train-00000-of-00002.parquet.
         files = sorted(
             file
@@ -253,7 +404,10 @@ def _read_directory(
             if file.suffix.lower() in EXTENSIONS and file.stem.split("-0")[0].lower() in aliases
         )
         if files:
-            tables[name] = pd.concat([_read_file(file, notes) for file in files], ignore_index=True)
+            read = [_read_file(file, notes, task) for file in files]
+            tables[name] = pd.concat(read, ignore_index=True)
+    if task == "mrpc" and "train" not in tables:
+        tables = glue.read_msr(path, notes)
     if "train" not in tables:
         found = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise InputError(
@@ -263,7 +417,9 @@ def _read_directory(
     return tables, {}
 
 
-def _read_hub(path: str, notes: list[str]) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
+def _read_hub(
+    path: str, task: str | None, notes: list[str]
+) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
     name, _, configuration = path.partition(":")
     try:
         with quick_offline():
@@ -273,38 +429,38 @@ def _read_hub(path: str, notes: list[str]) -> tuple[dict[str, pd.DataFrame], dic
             f"'{path}' is no file or folder here, and could not be had from the Hub "
             f"({first_line(error)}). Without network: give a csv, tsv, json, jsonl or parquet "
             "file, or a folder written by datasets' save_to_disk on another machine"
+            + ("" if task is None else " (data.path: GLUE's own files will do)")
         ) from error
-    return _tables(loaded, path, notes)
+    return _tables(loaded, path, PART_NAMES if task is None else glue.PART_NAMES, notes)
 
 
 def _tables(
-    loaded: datasets.Dataset | datasets.DatasetDict, path: str, notes: list[str]
+    loaded: datasets.Dataset | datasets.DatasetDict,
+    path: str,
+    part_names: Mapping[str, tuple[str, ...]],
+    notes: list[str],
 ) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
     """The parts of a datasets object under this file's names, with its class names."""
     if isinstance(loaded, datasets.Dataset):
         found, features = {"all": loaded}, loaded.features
     else:
-        aliases = {
-            "train": ("train",),
-            # MNLI validates twice: the matched genres are the usual figure.
-            "validation": ("validation", "validation_matched", "valid", "val", "dev"),
-            "test": ("test",),
-        }
         found = {}
-        for name, candidates in aliases.items():
+        for name, candidates in part_names.items():
             for candidate in candidates:
                 if candidate in loaded:
                     found.setdefault(name, loaded[candidate])
         if "train" not in found:
             raise InputError(f"'{path}' has no train part, only {', '.join(loaded)}")
         features = found["train"].features
-        if unused := [n for n in loaded if not any(n in names for names in aliases.values())]:
+        used = {name for names in part_names.values() for name in names}
+        if unused := [name for name in loaded if name not in used]:
             notes.append(f"{path}: parts not used: {', '.join(unused)}")
-    names = {
-        column: list(feature.names)
-        for column, feature in features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
+    names = {}
+    for column, feature in features.items():
+        # Of one label a row, or of a list of them.
+        label = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+        if isinstance(label, datasets.ClassLabel):
+            names[column] = list(label.names)
     return {name: part.to_pandas() for name, part in found.items()}, names
 
 
@@ -312,13 +468,17 @@ def _tables(
 
 
 def _columns(table: pd.DataFrame, config: DataConfig, notes: list[str]) -> dict[str, str]:
-    """{role: column} for text, label and, where there is one, text_pair and group."""
+    """{role: column} for text, label (not for embeddings) and, where there is one, text_pair and
+    group."""
+    words, labelled = config.kind == "token_classification", config.kind != "embedding"
+    if (words or not labelled) and config.text_pair is not None:
+        raise InputError(f"data.kind '{config.kind}' reads one text: leave data.text_pair out")
     known = {str(column): column for column in table.columns}
     listed = ", ".join(f"'{name[:40]}'" for name in known)
     chosen = {
         role: name
         for role in ("text", "text_pair", "label", "group")
-        if (name := getattr(config, role)) is not None
+        if (name := getattr(config, role)) is not None and (labelled or role != "label")
     }
     for role, name in chosen.items():
         if name not in known:
@@ -330,22 +490,25 @@ def _columns(table: pd.DataFrame, config: DataConfig, notes: list[str]) -> dict[
     guessed = dict(chosen)
     if config.path == "demo:reviews":
         guessed.setdefault("group", "movie")
+    demo = str(config.path).startswith("demo:")
 
     def free(names: Iterable[str]) -> dict[str, str]:
         """Columns without a role yet, by lower-case name, those among `names` only."""
         left = {name.lower(): name for name in known if name not in guessed.values()}
         return {name: left[name] for name in names if name in left}
 
-    if "label" not in guessed:
-        candidates = list(free(LABEL_NAMES).values())
+    if "label" not in guessed and labelled:
+        candidates = list(free(TAG_NAMES if words else LABEL_NAMES).values())
         if len(candidates) > 1 and candidates[0].lower() == "label":
             candidates = candidates[:1]
         guessed["label"] = _only(candidates, "label", listed)
+    if "text" not in guessed and words:
+        guessed["text"] = _only(list(free(WORD_NAMES).values())[:1], "text", listed)
     if "text" not in guessed:
         pairs = [
             pair
             for first, second in TEXT_PAIRS
-            if len(pair := list(free((first, second)).values())) == 2
+            if labelled and len(pair := list(free((first, second)).values())) == 2
         ]
         if pairs and "text_pair" not in guessed:
             guessed["text"], guessed["text_pair"] = pairs[0]
@@ -361,7 +524,11 @@ def _columns(table: pd.DataFrame, config: DataConfig, notes: list[str]) -> dict[
                     if any(isinstance(cell, str) for cell in table[known[name]])
                 ]
             guessed["text"] = _only(candidates, "text", listed)
-    demo = config.path.startswith("demo:")
+    if config.kind == "reranking" and "text_pair" not in guessed:
+        raise InputError(
+            "data.kind 'reranking' needs a query and a passage: name the second column with "
+            f"data.text_pair=NAME; the columns are {listed}"
+        )
     if not demo and (
         stated := [f"{role} = '{name}'" for role, name in guessed.items() if role not in chosen]
     ):
@@ -379,6 +546,17 @@ def _only(candidates: list[str], role: str, listed: str) -> str:
     )
 
 
+def _check_columns(table: pd.DataFrame, columns: Mapping[str, str], source: str) -> str:
+    """ " of the source's test part", or whichever it is, for messages; InputError if a column is
+    absent from it."""
+    where = "" if source == "all" else f" of the source's {source} part"
+    if absent := [column for column in columns.values() if column not in table.columns]:
+        raise InputError(
+            f"no column '{absent[0]}'{where}: its columns are {', '.join(map(str, table.columns))}"
+        )
+    return where
+
+
 def _clean(
     table: pd.DataFrame,
     columns: Mapping[str, str],
@@ -387,24 +565,21 @@ def _clean(
     notes: list[str],
 ) -> pd.DataFrame:
     """The columns by role, without rows that lack one; texts stripped, labels as they came."""
-    where = "" if source == "all" else f" of the source's {source} part"
-    if absent := [column for column in columns.values() if column not in table.columns]:
-        raise InputError(
-            f"no column '{absent[0]}'{where}: its columns are {', '.join(map(str, table.columns))}"
-        )
+    where = _check_columns(table, columns, source)
     rows = pd.DataFrame({role: table[column] for role, column in columns.items()})
     texts = [role for role in ("text", "text_pair") if role in rows]
     for role in texts:
         filled = rows[role].astype(object).where(rows[role].notna(), "")
         rows[role] = [str(text).strip() for text in filled]
-    labels = rows["label"]
+    # Texts without labels (embeddings) lack none.
+    labels = rows["label"] if "label" in rows else pd.Series("none", index=rows.index)
     if labels.map(lambda label: isinstance(label, (list, dict, np.ndarray))).any():
         raise InputError(f"label column '{columns['label']}' holds lists: give one label a row")
     unlabelled = labels.isna() | (labels.astype(str).str.strip() == "")
     # The Hub's way to say unlabelled, in single rows (SNLI) and whole test parts (GLUE).
     if pd.api.types.is_numeric_dtype(labels) and (class_names or (labels == -1).all()):
         unlabelled |= labels == -1
-    if source != "train" and where and unlabelled.all():
+    if source != "train" and where and len(rows) and unlabelled.all():
         notes.append(f"the source's {source} part has no labels: not used")
         return rows[:0]
     empty = unlabelled.copy()
@@ -421,31 +596,94 @@ def _clean(
     return rows[~empty].reset_index(drop=True)
 
 
+def _clean_words(
+    table: pd.DataFrame, columns: Mapping[str, str], source: str, notes: list[str]
+) -> pd.DataFrame:
+    """Words and tags of each row as tuples, by role; rows without a word or a tag left out."""
+    where = _check_columns(table, columns, source)
+    made: dict[str, list[Any]] = {role: table[column].tolist() for role, column in columns.items()}
+    for role in ("text", "label"):
+        cells = made[role]
+        cells = [() if np.ndim(cell) == 0 and pd.isna(cell) else cell for cell in cells]
+        if wrong := [cell for cell in cells if not isinstance(cell, (list, tuple, np.ndarray))]:
+            raise InputError(
+                f"column '{columns[role]}' must hold lists (of words, of tags), was {wrong[0]!r}"
+            )
+        made[role] = [tuple(cell) for cell in cells]
+    made["text"] = [tuple(str(word) for word in row) for row in made["text"]]
+    for words, tags in zip(made["text"], made["label"], strict=True):
+        if tags and len(words) != len(tags):
+            raise InputError(
+                f"{len(words)} words and {len(tags)} tags in one row{where}: "
+                f"'{' '.join(words)[:40]}'"
+            )
+    rows = pd.DataFrame({role: pd.Series(cells, dtype=object) for role, cells in made.items()})
+    empty = rows["label"].map(len) == 0
+    if empty.all() and source not in ("train", "all"):
+        notes.append(f"the source's {source} part has no labels: not used")
+    elif empty.any():
+        notes.append(f"{empty.sum():,} rows{where} dropped: they have no word or no tag")
+    return rows[~empty].reset_index(drop=True)
+
+
+def _encode_tags(tables: Mapping[str, pd.DataFrame], class_names: list[str] | None) -> list[str]:
+    """Replaces the tags by class numbers and returns their names."""
+    found = {tag for table in tables.values() for tags in table["label"] for tag in tags}
+    if class_names is not None:
+        names, numbered = class_names, {i: i for i in range(len(class_names))}
+        if strange := sorted(str(tag) for tag in found if tag not in numbered):
+            raise InputError(f"tag {strange[0]} is none of the source's {len(names)} classes")
+    else:
+        whole = all(isinstance(tag, (int, np.integer)) for tag in found)
+        order = sorted(found) if whole else sorted(found, key=str)
+        names, numbered = [str(tag) for tag in order], {tag: i for i, tag in enumerate(order)}
+    known = {tag for tags in tables.get("train", tables.get("all"))["label"] for tag in tags}
+    if unknown := sorted(names[numbered[tag]] for tag in found - known):
+        raise InputError(
+            f"the test or validation part has tags that no training row has: {_shown(unknown)}"
+        )
+    if len(found) < 2:
+        raise InputError(f"all words have the tag '{names[numbered[found.pop()]]}'")
+    for table in tables.values():
+        table["label"] = [tuple(numbered[tag] for tag in tags) for tags in table["label"]]
+    return names
+
+
 def _encode_labels(
-    tables: Mapping[str, pd.DataFrame], class_names: list[str] | None, notes: list[str]
+    tables: Mapping[str, pd.DataFrame],
+    class_names: list[str] | None,
+    kind: str,
+    notes: list[str],
 ) -> list[str] | None:
     """Replaces the labels by class numbers and returns their names, or by floats and None."""
-    if not {"train", "all"} & set(tables):
-        raise InputError("no row of the training data has both a text and a label")
     labels = pd.concat([table["label"] for table in tables.values()], ignore_index=True)
     is_bool = labels.map(lambda label: isinstance(label, (bool, np.bool_))).all()
     numbers = pd.to_numeric(labels.astype(object), errors="coerce").astype(float)
-    if not is_bool and numbers.notna().all():
+    if kind in SCALED:
+        if numbers.isna().any():
+            word = labels[numbers.isna()].iloc[0]
+            raise InputError(f"data.kind is '{kind}', but the label '{word}' is no number")
+        if numbers.nunique() < 2:
+            raise InputError(f"all {len(labels):,} rows have the label {numbers.iloc[0]:g}")
+    if (kind in SCALED or not is_bool) and numbers.notna().all():
         if not np.isfinite(numbers).all():
             raise InputError("a label is infinite")
         fractions = bool((numbers % 1 != 0).any())
         floats = all(pd.api.types.is_float_dtype(table["label"]) for table in tables.values())
-        if fractions or (floats and numbers.nunique() > MOST_WHOLE_FLOATS):
-            notes.append(
-                f"labels are numbers from {numbers.min():g} to {numbers.max():g} "
-                f"({numbers.nunique():,} values): regression"
-            )
+        if kind in SCALED or (
+            kind == "auto" and (fractions or (floats and numbers.nunique() > MOST_WHOLE_FLOATS))
+        ):
+            if kind == "auto":
+                notes.append(
+                    f"labels are numbers from {numbers.min():g} to {numbers.max():g} "
+                    f"({numbers.nunique():,} values): regression"
+                )
             for table in tables.values():
                 table["label"] = pd.to_numeric(table["label"].astype(object)).astype(float)
             return None
 
         def value(label: Any) -> Any:
-            return int(float(label))
+            return float(label) if fractions else int(float(label))
     else:
 
         def value(label: Any) -> Any:
@@ -485,17 +723,21 @@ def _encode_labels(
 
 
 def _split(
-    tables: dict[str, pd.DataFrame], config: DataConfig, regression: bool, notes: list[str]
+    tables: dict[str, pd.DataFrame], config: DataConfig, kind: str, notes: list[str]
 ) -> dict[str, pd.DataFrame]:
-    """The four parts, from one table or from those that the source brings."""
+    """The four parts (and "mismatched", as large as the test part), from one table or from those
+    that the source brings."""
+    mismatched = {name: (name,) for name in tables if name == "mismatched"}
+    train = PARTS[2:3] if config.shared else PARTS[2:]
     if "test" in tables and "validation" in tables:
-        pools = {"test": PARTS[:1], "validation": PARTS[1:2], "train": PARTS[2:]}
+        pools = {"test": PARTS[:1], **mismatched, "validation": PARTS[1:2], "train": train}
         notes.append("test and dev rows are from the source's own test and validation parts")
     elif own := [source for source in ("test", "validation") if source in tables]:
-        pools = {own[0]: PARTS[:1], "train": PARTS[1:]}
+        pools = {own[0]: PARTS[:1], **mismatched, "train": (*PARTS[1:2], *train)}
         notes.append(f"test rows are the source's {own[0]} part, dev rows are held out of train")
     else:
-        pools = {next(iter(tables)): PARTS}
+        (source,) = {"train", "all"} & set(tables)
+        pools = {**mismatched, source: (*PARTS[:2], *train)}
     parts: dict[str, pd.DataFrame] = {}
     seen_texts: set[tuple[str, ...]] = set()
     seen_groups: set[Any] = set()
@@ -509,7 +751,7 @@ def _split(
             kept = [keep and new for keep, new in zip(kept, first, strict=True)]
         if dropped := len(kept) - sum(kept):
             notes.append(f"{dropped:,} rows dropped whose text occurs earlier or in a test part")
-        sizes = {name: getattr(config, name) for name in names}
+        sizes = {name: getattr(config, "test" if name in mismatched else name) for name in names}
         if not any(kept) and any(sizes.values()):
             raise InputError("all rows of the training data also occur in the test part")
         rows = rows[kept]
@@ -521,27 +763,30 @@ def _split(
             seen_groups.update(rows["group"])
         seen_texts.update(texts)
         rng = np.random.default_rng([config.seed, number])
-        parts |= _cut(rows.reset_index(drop=True), sizes, regression, rng, notes)
+        parts |= _cut(rows.reset_index(drop=True), sizes, kind, rng, notes)
+    if config.shared:
+        parts["student_train"] = parts["teacher_train"]
     return parts
 
 
 def _cut(
     rows: pd.DataFrame,
-    sizes: dict[str, int],
-    regression: bool,
+    sizes: dict[str, Any],
+    kind: str,
     rng: np.random.Generator,
     notes: list[str],
 ) -> dict[str, pd.DataFrame]:
     """Consecutive blocks of one random order of the rows, or of their groups.
 
-    Rows are stratified by class (regression: by fifths of the label), groups by fifths of their
-    mean label.
+    Rows are stratified by class (labels on a scale: by fifths), groups by fifths of their mean
+    label, rows of words or without labels not at all.
     """
     if not any(sizes.values()):
         return {name: rows[:0] for name in sizes}
     usable = len(rows)
     # From here on a unit (a group, or a single row) has a label, a stratum and a place.
-    labels = rows["label"].to_numpy(dtype=float)
+    stratified = kind in ("classification", *SCALED)
+    labels = rows["label"].to_numpy(dtype=float) if stratified else np.zeros(len(rows))
     unit: np.ndarray = np.arange(len(rows))
     if "group" in rows:
         unit = pd.factorize(rows["group"])[0]
@@ -549,7 +794,7 @@ def _cut(
         labels = np.bincount(unit, weights=labels) / counts
         # Each part ends with a whole group, and may take from the next one's share that much.
         usable -= (sum(size > 0 for size in sizes.values()) - 1) * int(counts.max())
-    fifths = regression or "group" in rows
+    fifths = stratified and (kind in SCALED or "group" in rows)
     ranks = np.argsort(np.argsort(labels, kind="stable"))
     stratum = np.asarray(ranks * 5 // len(ranks) if fifths else labels)
     # The k-th of the n members of a stratum stands at k / n: any block of the order then holds
@@ -561,6 +806,15 @@ def _cut(
     place = np.argsort(np.argsort(place, kind="stable"))[unit]
     order = np.argsort(place, kind="stable")
 
+    rest = [name for name, size in sizes.items() if size == "all"]
+    if len(rest) > 1:
+        raise InputError(
+            f"data.{' and data.'.join(rest)} are both 'all' of the same rows: give all but one a "
+            "number, or set data.shared=true for the same training rows"
+        )
+    for name in rest:
+        others = sum(size for size in sizes.values() if size != "all")
+        sizes = {**sizes, name: max(min(usable, SMALLEST_PART), usable - others)}
     asked = sum(sizes.values())
     if asked > usable:
         least = {name: min(size, SMALLEST_PART) for name, size in sizes.items()}
@@ -595,8 +849,11 @@ def check_labels(splits: Splits, teacher_config: PreTrainedConfig) -> Splits:
     """The splits with their labels numbered as the teacher numbers them.
 
     Labels are matched by name (whatever the case) where both sides have names, otherwise by
-    number. Raises InputError where the number, the names or the kind of task differ.
+    number; rows without labels (embeddings) need nothing of the teacher, labels on a scale one
+    logit. Raises InputError where the number, the names or the kind of task differ.
     """
+    if splits.kind == "embedding":
+        return splits
     id2label = dict(sorted((teacher_config.id2label or {}).items()))
     count = len(id2label)
     if splits.regression != (count == 1):
@@ -627,13 +884,22 @@ def check_labels(splits: Splits, teacher_config: PreTrainedConfig) -> Splits:
         )
     if numbers == list(range(count)):
         return splits
-    parts = {}
-    for part in PARTS:
-        rows = getattr(splits, part)
-        labels = [numbers[label] for label in rows["label"]]
-        parts[part] = datasets.Dataset.from_dict({**rows[:], "label": labels}, rows.features)
+
+    def renumbered(rows: datasets.Dataset) -> datasets.Dataset:
+        labels = [
+            [numbers[one] for one in label] if isinstance(label, list) else numbers[label]
+            for label in rows["label"]
+        ]
+        return datasets.Dataset.from_dict({**rows[:], "label": labels}, rows.features)
+
     note = f"labels renumbered as the teacher's: {_shown(theirs)}"
-    return dataclasses.replace(splits, **parts, label_names=theirs, notes=[*splits.notes, note])
+    return dataclasses.replace(
+        splits,
+        **{part: renumbered(getattr(splits, part)) for part in PARTS},
+        more_tests={name: renumbered(rows) for name, rows in splits.more_tests.items()},
+        label_names=theirs,
+        notes=[*splits.notes, note],
+    )
 
 
 def _unnamed(names: Sequence[str]) -> bool:
@@ -654,10 +920,25 @@ def tokenize(
     """input_ids, attention_mask, (token_type_ids) and labels of a part, cut at max_length tokens.
 
     With a teacher tokenizer of another vocabulary, the same texts once more with the prefix
-    `teacher_`. Raises InputError for a max_length beyond a tokenizer's own limit.
+    `teacher_`. A part without labels gives none; one of words a label for each token: that of the
+    word on its first piece, -100 on other pieces and special tokens. Raises InputError for a
+    max_length beyond a tokenizer's own limit, and, with words, for two vocabularies (losses and
+    scores compare token by token) or a tokenizer that does not tell which word a token is of.
     """
+    words = not isinstance(dataset.features["text"], datasets.Value)
+    if words and teacher_tokenizer is not None:
+        raise InputError(
+            "token classification compares student and teacher token by token: both need one "
+            "vocabulary (take the student's layers from the teacher, or a base with its tokenizer)"
+        )
+    if words and not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} does not tell which word a token is of: token "
+            "classification needs a fast tokenizer"
+        )
     texts = [dataset[column] for column in ("text", "text_pair") if column in dataset.column_names]
     columns: dict[str, Any] = {}
+    labels = list(dataset["label"]) if "label" in dataset.column_names else None
     for prefix, one in (("", tokenizer), ("teacher_", teacher_tokenizer)):
         if one is None:
             continue
@@ -667,12 +948,29 @@ def tokenize(
                 f"data.max_length is {max_length}: it must be between 4 and the "
                 f"{one.model_max_length} tokens that the {whose} tokenizer allows"
             )
-        if len(dataset):
-            encoded = one(*(list(text) for text in texts), truncation=True, max_length=max_length)
-            columns |= {f"{prefix}{name}": encoded[name] for name in encoded}
-        else:
+        if not len(dataset):
             columns |= {f"{prefix}{name}": [] for name in one.model_input_names}
-    return datasets.Dataset.from_dict({**columns, "labels": list(dataset["label"])})
+            continue
+        rows = [list(text) for text in texts]
+        if words and getattr(one, "add_prefix_space", None) is False:
+            # GPT-2's and RoBERTa's tokens hold the space before them: as in running text, all words
+            # but the first have one.
+            rows = [[[*row[:1], *(f" {word}" for word in row[1:])] for row in rows[0]]]
+        encoded = one(*rows, truncation=True, max_length=max_length, is_split_into_words=words)
+        columns |= {f"{prefix}{name}": encoded[name] for name in encoded}
+        if words:
+            assert labels is not None
+            labels = [_on_pieces(row, encoded.word_ids(i)) for i, row in enumerate(labels)]
+    return datasets.Dataset.from_dict(columns if labels is None else {**columns, "labels": labels})
+
+
+def _on_pieces(labels: Sequence[int], words: Sequence[int | None]) -> list[int]:
+    """One label a token: its word's on the first piece, NO_LABEL elsewhere."""
+    before = (None, *words)
+    return [
+        NO_LABEL if word is None or word == last else labels[word]
+        for word, last in zip(words, before, strict=False)
+    ]
 
 
 def same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
@@ -687,25 +985,51 @@ def same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerB
 class DistillationCollator:
     """Pads a batch of tokenized rows to its longest, the teacher's columns to theirs.
 
+    With `pad_to`, both to that many tokens (losses that compare texts by position need one length).
+
     Gives input_ids, attention_mask, (token_type_ids), all [B, N] int64, the same with the prefix
-    `teacher_` [B, N_t] where the rows have them, and labels [B], int64 or float32.
+    `teacher_` [B, N_t] where the rows have them, and, where they have labels, labels [B] (int64 or
+    float32) or, one for each token, [B, N] int64 with -100 on padding. Raises InputError for a row
+    of more than `pad_to` tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    pad_to: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         batch: dict[str, torch.Tensor] = {}
+        padding: dict[str, Any] = {"padding": True}
+        if self.pad_to is not None:
+            padding = {"padding": "max_length", "max_length": self.pad_to}
         for prefix, tokenizer in (("", self.tokenizer), ("teacher_", self.teacher_tokenizer)):
             if tokenizer is None:
                 continue
             names = [name for name in tokenizer.model_input_names if f"{prefix}{name}" in rows[0]]
             if not names:  # a run that needs no teacher drops the teacher's columns
                 continue
+            longest = max(len(row[f"{prefix}{names[0]}"]) for row in rows)
+            if self.pad_to is not None and longest > self.pad_to:
+                raise InputError(f"pad_to is {self.pad_to}, and a row has {longest} tokens")
             features = [{name: row[f"{prefix}{name}"] for name in names} for row in rows]
-            padded = pad_without_fast_tokenizer_warning(tokenizer, features, return_tensors="pt")
+            padded = pad_without_fast_tokenizer_warning(
+                tokenizer, features, return_tensors="pt", **padding
+            )
             batch |= {f"{prefix}{name}": padded[name] for name in names}
+        if "labels" not in rows[0]:
+            return batch
         labels = [row["labels"] for row in rows]
+        if isinstance(labels[0], Sequence):
+            length = batch["input_ids"].shape[1]
+            left = self.tokenizer.padding_side == "left"
+            pads = [[NO_LABEL] * (length - len(row)) for row in labels]
+            batch["labels"] = torch.tensor(
+                [
+                    [*pad, *row] if left else [*row, *pad]
+                    for pad, row in zip(pads, labels, strict=True)
+                ]
+            )
+            return batch
         kind = torch.float32 if isinstance(labels[0], float) else torch.int64
         batch["labels"] = torch.tensor(labels, dtype=kind)
         return batch

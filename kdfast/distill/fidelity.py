@@ -1,28 +1,32 @@
-"""How good a classifier is, and how close to its teacher: in its outputs and inside."""
+"""How good a model is, and how close to its teacher: in its outputs and inside."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from kdfast.captured import Captured, Needs
+from kdfast.distill import glue
 from kdfast.distill.capture import Capture
-from kdfast.distill.data import DistillationCollator
+from kdfast.distill.data import NO_LABEL, DistillationCollator
+from kdfast.errors import InputError
 from kdfast.losses import SoftLabelLoss
-from kdfast.ops.cka import cka_matrix
+from kdfast.ops.cka import cka, cka_matrix
 from kdfast.recipes import Recipe
-from kdfast.recipes.universal import PseudoProjectionTerm
 
 
 @dataclass
 class Predictions:
-    """logits: [n, C], fp32 on the CPU. labels: [n]."""
+    """logits: [n, C], fp32 on the CPU. labels: [n], -100 where the data has none. A row is a text,
+    or for token classification a word."""
 
     logits: torch.Tensor
     labels: torch.Tensor
@@ -38,42 +42,128 @@ def predict(
     role: str = "student",
     progress: str = "predict",
 ) -> Predictions:
-    """Logits of every row, in the order of the data set.
+    """Logits of every row (of every labelled token, where tokens have logits), in the order of the
+    data set.
 
     dataset: tokenised, see kdfast.distill.data.tokenize. role: "student" or "teacher"; which of the
-    two sets of input columns to read.
+    two sets of input columns to read. Raises InputError for a model without logits: see `embed`.
     """
+    logits: list[torch.Tensor] = [torch.empty(0)] * len(dataset)
+    labels: list[torch.Tensor] = [torch.empty(0)] * len(dataset)
+    for places, batch, inputs in _batches(model, dataset, collator, batch_size, role, progress):
+        output = model(**inputs)
+        if output.get("logits") is None:
+            raise InputError(
+                f"{type(model).__name__} has no logits: choose data.kind=embedding, or a model "
+                "with a classifier"
+            )
+        rows = output.logits.float().cpu()
+        targets = batch.get("labels", torch.full(rows.shape[:1], NO_LABEL))
+        for place, row, target in zip(places, rows, targets, strict=True):
+            if row.dim() == 2:
+                row, target = row[target != NO_LABEL], target[target != NO_LABEL]
+            logits[place], labels[place] = row, target
+    join = torch.cat if logits[0].dim() == 2 else torch.stack
+    return Predictions(join(logits), join(labels))
+
+
+@torch.no_grad()
+def embed(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    collator: DistillationCollator,
+    *,
+    pool: str = "mean",
+    batch_size: int = 64,
+    role: str = "student",
+    progress: str = "embed",
+) -> torch.Tensor:
+    """[n, D] fp32 on the CPU: the last hidden state of every row, mean over its tokens.
+
+    pool: "mean", or "cls" for the first token's; InputError for another. The others as in
+    `predict`.
+    """
+    if pool not in ("mean", "cls"):
+        raise InputError(f"pool must be mean or cls, was {pool!r}")
+    states: list[torch.Tensor] = [torch.empty(0)] * len(dataset)
+    for places, _, inputs in _batches(model, dataset, collator, batch_size, role, progress):
+        last = model.base_model(**inputs, return_dict=True)[0].float()
+        mask = inputs.get("attention_mask", torch.ones(last.shape[:2], device=last.device))
+        pooled = (
+            last[:, 0] if pool == "cls" else (last * mask[..., None]).sum(1) / mask.sum(1)[:, None]
+        )
+        for place, state in zip(places, pooled.cpu(), strict=True):
+            states[place] = state
+    return torch.stack(states)
+
+
+def _batches(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    collator: DistillationCollator,
+    batch_size: int,
+    role: str,
+    progress: str,
+) -> Iterator[tuple[list[int], dict[str, Any], dict[str, Any]]]:
+    """(places in the data set, batch, the model's inputs), rows of like length together: a batch
+    is padded to its longest row."""
     model.eval()
-    logits, labels = [], []
-    # Rows of like length together: a batch is padded to its longest row.
     order = torch.tensor([len(ids) for ids in dataset["input_ids"]]).argsort()
     loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=collator)
-    for batch in tqdm(loader, desc=f"  {progress}", leave=False):
-        labels.append(batch["labels"])
+    places = order.split(batch_size)
+    for some, batch in zip(places, tqdm(loader, desc=f"  {progress}", leave=False), strict=True):
         inputs = {k: v.to(model.device) for k, v in inputs_of(batch, role).items()}
-        logits.append(model(**inputs).logits.float().cpu())
-    back = order.argsort()
-    return Predictions(torch.cat(logits)[back], torch.cat(labels)[back])
+        yield some.tolist(), batch, inputs
 
 
-def scores(predictions: Predictions, *, regression: bool) -> dict[str, float]:
-    """Accuracy and macro F1, or for regression Pearson and Spearman correlation."""
-    labels = predictions.labels
+# Metrics of data without a task; the first is the primary one.
+CLASSIFICATION_METRICS = ("accuracy", "f1_macro")
+REGRESSION_METRICS = ("pearson", "spearman")
+
+
+def metrics(task: str | None, regression: bool) -> tuple[str, ...]:
+    """Names of what `scores` gives, the primary one first. task: a GLUE task."""
+    if task is not None:
+        return glue.glue_task(task).metrics
+    return REGRESSION_METRICS if regression else CLASSIFICATION_METRICS
+
+
+def primary_metric(task: str | None, regression: bool) -> str:
+    """The metric that models are chosen by: accuracy or Pearson correlation, or the task's own."""
+    return metrics(task, regression)[0]
+
+
+def scores(
+    predictions: Predictions,
+    *,
+    regression: bool,
+    task: str | None = None,
+    label_names: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """The official metrics of a GLUE task (see kdfast.distill.glue), in [−1, 1].
+
+    Without a task accuracy and macro F1 (of words, for token classification), or for regression
+    Pearson and Spearman correlation. Rows without a label do not count.
+
+    label_names: in the order of the logits, where that may not be the task's (a teacher's own
+    order): F1 needs to know which class is the positive one.
+
+    What is undefined is 0: F1 of a class neither predicted nor right, Matthews correlation when one
+    class only is predicted, and correlations of a constant prediction, which orders nothing.
+    """
+    kept = predictions.labels != NO_LABEL
+    labels = predictions.labels[kept].numpy()
     if regression:
-        from scipy.stats import pearsonr, spearmanr
-
-        values = predictions.logits.squeeze(-1)
-        return {
-            "pearson": float(pearsonr(values, labels).statistic),
-            "spearman": float(spearmanr(values, labels).statistic),
-        }
-    from sklearn.metrics import f1_score
-
-    chosen = predictions.logits.argmax(-1)
-    return {
-        "accuracy": float((chosen == labels).float().mean()),
-        "f1_macro": float(f1_score(labels, chosen, average="macro")),
-    }
+        # In float64: scipy takes the mean off, and fp32 scores that hardly differ would be noise.
+        chosen = predictions.logits[kept].squeeze(-1).double().numpy()
+    else:
+        chosen = predictions.logits[kept].argmax(-1).numpy()
+    names = None if task is None else glue.glue_task(task).label_names
+    if names is not None and len(names) == 2:
+        ours = [name.strip().casefold() for name in label_names or names]
+        positive = ours.index(names[1]) if names[1] in ours else 1
+        labels, chosen = labels == positive, chosen == positive
+    return {name: glue.METRICS[name](labels, chosen) for name in metrics(task, regression)}
 
 
 def fidelity(student: Predictions, teacher: Predictions, *, regression: bool) -> dict[str, float]:
@@ -84,6 +174,18 @@ def fidelity(student: Predictions, teacher: Predictions, *, regression: bool) ->
         return {"mse_to_teacher": divergence}
     same = student.logits.argmax(-1) == teacher.logits.argmax(-1)
     return {"agreement": float(same.float().mean()), "kl_to_teacher": divergence}
+
+
+def embedding_fidelity(student: torch.Tensor, teacher: torch.Tensor) -> dict[str, float]:
+    """How close embeddings [n, D_s] are to the teacher's [n, D_t] of the same texts.
+
+    cka_to_teacher: unbiased linear CKA of the two (n ≥ 4). cosine_to_teacher: mean cosine of the
+    pairs, where the widths agree.
+    """
+    result = {"cka_to_teacher": float(cka(student, teacher, estimator="unbiased"))}
+    if student.shape == teacher.shape:
+        result["cosine_to_teacher"] = float(F.cosine_similarity(student, teacher).mean())
+    return result
 
 
 @torch.no_grad()
@@ -107,7 +209,7 @@ def alignment(
     kept_s: list[list[torch.Tensor]] = []
     kept_t: list[list[torch.Tensor]] = []
     weights: list[torch.Tensor] = []
-    term = None if recipe is None else _projection_term(recipe)
+    projection_weights = None if recipe is None else _projection(recipe)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
     student.eval(), teacher.eval()
     with Capture(student, needs) as capture_s, Capture(teacher, needs) as capture_t:
@@ -116,8 +218,8 @@ def alignment(
             t = _run(capture_t, batch, "teacher")
             kept_s.append(_rows(s, shared_tokens))
             kept_t.append(_rows(t, shared_tokens))
-            if term is not None:
-                weights.append(term.projection_weights(s, t).float().cpu())
+            if projection_weights is not None:
+                weights.append(projection_weights(s, t).float().cpu())
     layers_s = [torch.cat(rows) for rows in zip(*kept_s, strict=True)]
     layers_t = [torch.cat(rows) for rows in zip(*kept_t, strict=True)]
     aligned = cka_matrix(layers_s, layers_t, estimator="unbiased")
@@ -146,8 +248,9 @@ def _rows(captured: Captured, shared_tokens: bool) -> list[torch.Tensor]:
     return [h[mask.bool()].float() for h in captured.hidden_states]
 
 
-def _projection_term(recipe: Recipe) -> PseudoProjectionTerm | None:
+def _projection(recipe: Recipe) -> Callable[[Captured, Captured], torch.Tensor] | None:
+    """The recipe's projection_weights(student, teacher) -> [B, L_s, L_t], if a term has them."""
     for term in recipe.terms.values():
-        if isinstance(term, PseudoProjectionTerm):
-            return term
+        if callable(method := getattr(term, "projection_weights", None)):
+            return method
     return None

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, PreTrainedTokenizerFast
 
 from kdfast.distill import demo
@@ -499,6 +499,173 @@ def test_scores_for_a_classifying_teacher_are_refused(write):
         check_labels(splits, teacher("bad", "good"))
 
 
+# Kinds of data.
+
+
+def test_auto_is_the_kind_that_the_labels_show(write):
+    assert load(write(text=TEXTS, label=LABELS)).kind == "classification"
+    assert load(write(text=TEXTS, label=np.linspace(0, 5, ROWS))).kind == "regression"
+
+
+def test_a_stated_kind_holds_whatever_the_labels_look_like(write):
+    stars = write("stars.csv", text=TEXTS, label=[1 + i % 5 for i in range(ROWS)])
+    splits = load(stars, kind="regression")
+    assert (
+        splits.regression
+        and splits.num_labels == 1
+        and set(splits.test["label"]) <= {1.0, 5.0, 2, 3, 4}
+    )
+    halves = write("halves.csv", text=TEXTS, label=[(i % 12) / 2 + 8 for i in range(ROWS)])
+    splits = load(halves, kind="classification")
+    assert splits.label_names[:5] == ["8.0", "8.5", "9.0", "9.5", "10.0"]
+
+
+def test_words_are_no_regression(write):
+    refused(
+        "kind is 'regression', but the label '(bad|good)'",
+        write(text=TEXTS, label=LABELS),
+        kind="regression",
+    )
+
+
+@pytest.mark.parametrize("columns", [{}, {"label": ["same"] * ROWS}, {"label": [None] * ROWS}])
+def test_embedding_data_needs_no_labels_and_ignores_those_there_are(columns, write):
+    splits = load(write(text=TEXTS, **columns), kind="embedding")
+    assert splits.test.column_names == ["text"] and sizes(splits) == SIZES
+    assert (splits.kind, splits.num_labels, splits.regression) == ("embedding", 0, False)
+    assert check_labels(splits, teacher("bad", "so-so", "good")) is splits
+    tokens = tokenize(splits.test, ONE, 8)
+    assert "labels" not in DistillationCollator(ONE)([tokens[0], tokens[1]])
+
+
+def test_embedding_data_may_come_in_groups_and_parts(write):
+    movies = [i // 7 for i in range(ROWS)]
+    splits = load(
+        write(text=TEXTS, movie=movies), kind="embedding", group="movie", student_train=40
+    )
+    assert sizes(splits) == {**SIZES, "student_train": 40}
+    write("own/train.csv", text=TEXTS)
+    path = write("own/test.csv", text=[f"test {text}" for text in TEXTS])
+    assert all(text.startswith("test ") for text in load(path[:-9], kind="embedding").test["text"])
+
+
+@pytest.mark.parametrize("grades", [2, 4])
+def test_reranking_pairs_have_float_relevance_that_a_one_logit_teacher_takes(grades, write):
+    relevance = [i % grades for i in range(ROWS)]
+    splits = load(write(query=TEXTS, passage=TEXTS[::-1], label=relevance), kind="reranking")
+    assert splits.test.column_names == ["text", "text_pair", "label"]
+    assert splits.regression and splits.kind == "reranking"
+    assert set(splits.test["label"]) == set(map(float, range(grades)))
+    assert abs(np.mean(splits.dev["label"]) - (grades - 1) / 2) < 0.1
+    assert check_labels(splits, teacher("relevance")) is splits
+    with pytest.raises(InputError, match="scores .*, but the teacher predicts classes"):
+        check_labels(splits, teacher("no", "yes"))
+
+
+def test_reranking_without_a_second_text_is_refused(write):
+    refused("needs a query and a passage", write(text=TEXTS, label=LABELS), kind="reranking")
+
+
+def test_kinds_of_one_text_refuse_a_pair(write):
+    path = write(text=TEXTS, other=TEXTS)
+    refused("'embedding' reads one text", path, kind="embedding", text_pair="other")
+
+
+# Words and tags.
+
+TAGGED = [
+    (["Ada", f"met{i}", "Lord", "Byron"][: 2 + i % 3], ["B-PER", "O", "O", "I-PER"][: 2 + i % 3])
+    for i in range(ROWS)
+]
+
+
+def tagged(tags=None):
+    rows = {"tokens": [list(words) for words, _ in TAGGED], "ner_tags": [t for _, t in TAGGED]}
+    if tags is not None:
+        rows["ner_tags"] = [[tags.index(tag) for tag in row] for row in rows["ner_tags"]]
+    return pd.DataFrame(rows)
+
+
+def conll(path):
+    lines = ["-DOCSTART- -X- O O", ""]
+    for words, tags in TAGGED:
+        lines += [f"{word} NN {tag}" for word, tag in zip(words, tags, strict=True)] + [""]
+    path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("d.jsonl", lambda path: tagged().to_json(path, orient="records", lines=True)),
+        ("d.json", lambda path: tagged().to_json(path, orient="records")),
+        ("d.parquet", lambda path: tagged().to_parquet(path)),
+        ("d.conll", conll),
+    ],
+)
+def test_words_and_tags_are_read_from_every_format(name, save, tmp_path):
+    save(tmp_path / name)
+    splits = load(tmp_path / name, kind="token_classification", student_train=20, test=70)
+    assert splits.kind == "token_classification" and not splits.regression
+    assert splits.label_names == ["B-PER", "I-PER", "O"]
+    assert all(
+        (row["text"], [splits.label_names[i] for i in row["label"]])
+        in [(list(words), tags) for words, tags in TAGGED]
+        for row in splits.test
+    )
+
+
+def test_words_have_the_teachers_numbers(tmp_path):
+    tagged().to_parquet(tmp_path / "d.parquet")
+    splits = load(tmp_path / "d.parquet", kind="token_classification", student_train=20, test=70)
+    checked = check_labels(splits, teacher("O", "B-PER", "I-PER"))
+    assert checked.label_names == ["O", "B-PER", "I-PER"]
+    assert checked.test[0]["label"][:2] == [1, 0]
+
+
+def test_tag_names_of_a_saved_set_are_kept(tmp_path):
+    names = ["O", "B-PER", "I-PER"]
+    features = datasets.Features(
+        {"tokens": [datasets.Value("string")], "ner_tags": [datasets.ClassLabel(names=names)]}
+    )
+    rows = {name: column.tolist() for name, column in tagged(names).items()}
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features)).save_to_disk(
+        str(tmp_path / "s")
+    )
+    splits = load(tmp_path / "s", kind="token_classification", student_train=20, test=70)
+    assert splits.label_names == names and splits.test[0]["label"][:2] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"tokens": [["a", "b"]] * 50, "tags": [["O"]] * 50}, "2 words and 1 tags in one row"),
+        (
+            {"tokens": ["a b"] * 50, "tags": [["O"]] * 50},
+            "must hold lists .of words, of tags., was 'a b'",
+        ),
+        ({"tokens": [["a"]] * 50, "tags": [["O"]] * 50}, "all words have the tag 'O'"),
+        ({"tokens": [["a"]] * 50, "tags": [None] * 50}, "no row of the training data"),
+        ({"tokens": [["a"]] * 50, "x": [["O"]] * 50}, "label column has no known name"),
+        (
+            {"tokens": [["a"]] * 50, "ner_tags": [["O"]] * 50, "pos_tags": [["N"]] * 50},
+            "'ner_tags' or",
+        ),
+    ],
+)
+def test_words_without_their_tags_are_refused(rows, message, tmp_path):
+    pd.DataFrame(rows).to_json(tmp_path / "d.json", orient="records")
+    refused(message, tmp_path / "d.json", kind="token_classification")
+
+
+def test_a_word_without_a_tag_is_refused(tmp_path):
+    (tmp_path / "d.conll").write_text("Ada B-PER\nmet\n")
+    refused(
+        "cannot read .* as conll: .* no tag: 'met'",
+        tmp_path / "d.conll",
+        kind="token_classification",
+    )
+
+
 # Tokens.
 
 
@@ -563,3 +730,75 @@ def test_collator_makes_scores_float32():
 
 def test_vocabularies_are_the_same_only_if_every_token_is():
     assert same_vocabulary(ONE, make_tokenizer(WORDS)) and not same_vocabulary(ONE, OTHER)
+
+
+def words_of(*rows):
+    return datasets.Dataset.from_dict(
+        {"text": [row[0] for row in rows], "label": [row[1] for row in rows]}
+    )
+
+
+def pieces():
+    """A tokenizer that cuts "unhappy" into two pieces and adds [CLS] and [SEP]."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "un", "##happy", "man"]
+    inner = Tokenizer(models.WordPiece({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
+    )
+
+
+def test_a_words_label_stands_on_its_first_piece_alone():
+    tokens = tokenize(words_of((["unhappy", "man"], [3, 1])), pieces(), 8)
+    assert tokens["input_ids"] == [[2, 4, 5, 6, 3]]
+    assert tokens["labels"] == [[-100, 3, -100, 1, -100]]
+    cut = tokenize(words_of((["unhappy", "man"], [3, 1])), pieces(), 4)
+    assert cut["labels"] == [[-100, 3, -100, -100]]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_has_no_label(side):
+    tokenizer = pieces()
+    tokenizer.padding_side = side
+    tokens = tokenize(words_of((["man"], [1]), (["man", "man", "man"], [1, 2, 3])), tokenizer, 8)
+    batch = DistillationCollator(tokenizer)([tokens[0], tokens[1]])
+    pad = [-100, -100]
+    short = [-100, 1, -100]
+    assert batch["labels"].tolist() == [
+        short + pad if side == "right" else pad + short,
+        [-100, 1, 2, 3, -100],
+    ]
+    assert batch["labels"].shape == batch["input_ids"].shape
+
+
+def test_words_cannot_be_shared_by_two_vocabularies():
+    with pytest.raises(InputError, match="token by token"):
+        tokenize(words_of((["man"], [1])), pieces(), 8, OTHER)
+
+
+def test_byte_level_words_are_cut_as_in_running_text():
+    words = ["the", "movie", "thee"]
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("t", "h"), ("th", "e"), ("\u0120", "m")]
+    for pair in merges:
+        alphabet["".join(pair)] = len(alphabet)
+    inner = Tokenizer(models.BPE(alphabet, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="!", model_max_length=32)
+    tokenizer.add_prefix_space = False
+    tokens = tokenize(words_of((words, [1, 2, 3])), tokenizer, 32)
+    assert tokens["input_ids"][0] == tokenizer(" ".join(words))["input_ids"]
+    assert [label for label in tokens["labels"][0] if label >= 0] == [1, 2, 3]
+
+
+def test_pad_to_gives_every_batch_one_length():
+    tokens = tokenize(part("sentence", "sentence number", labels=[1, 0]), ONE, 8, OTHER)
+    batch = DistillationCollator(ONE, OTHER, pad_to=6)([tokens[0], tokens[1]])
+    assert batch["input_ids"].tolist() == [[2, 0, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0]]
+    assert batch["teacher_input_ids"].shape == batch["attention_mask"].shape == (2, 6)
+    assert batch["attention_mask"].sum(1).tolist() == [1, 2]
+    with pytest.raises(InputError, match="pad_to is 1, and a row has 2 tokens"):
+        DistillationCollator(ONE, pad_to=1)([tokens[1]])
