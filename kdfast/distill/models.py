@@ -1,11 +1,12 @@
-"""Classifiers: loading them, cutting a student out of one, what training asks of their parts."""
+"""Models: loading them, making students of them, what training asks of their parts."""
 
 import contextlib
 import copy
+import inspect
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -13,12 +14,14 @@ from urllib.parse import urlparse
 import datasets
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,9 +30,65 @@ from transformers import (
 from transformers.utils import logging
 
 from kdfast.distill.demo import demo_model_path
-from kdfast.errors import InputError
+from kdfast.errors import InputError, nearest
+from kdfast.students import BiLSTMConfig, GatedCNNConfig, initialise_embeddings
 
 DEMO_MODEL = "demo:minilm"
+
+# What a model is loaded or made for, and the transformers class that gives it its head.
+TASKS: dict[str, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "reranking": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "embedding": AutoModel,
+}
+ONE_OUTPUT = ("regression", "reranking")
+
+
+def load_model(
+    name_or_dir: str | os.PathLike[str],
+    task: str = "classification",
+    *,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    new_head: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model for a task, in fp32 and eval mode, from safetensors, with SDPA where it has it.
+
+    `name_or_dir` is a folder, a Hub name or "demo:minilm". `task` is "classification",
+    "token_classification", "regression" or "reranking" (both: one output), or "embedding": the
+    model without a head, all of its body but a pooler from the checkpoint.
+
+    A finished model is expected, and a checkpoint without a trained head raises. With `num_labels`,
+    `label_names` or new_head=True a head of another size (or none) is replaced by a new one, drawn
+    from torch's global generator. Raises InputError for a model that cannot be loaded so.
+    """
+    auto_class = _auto_class(task)
+    count = _label_count(task, num_labels, label_names)
+    config = _from_pretrained(AutoConfig, name_or_dir, trust_remote_code=trust_remote_code)
+    if new_head or (count is not None and task not in ONE_OUTPUT):
+        new_head = True
+        _set_labels(config, task, count, label_names)
+    elif count is not None and config.num_labels != count:
+        raise InputError(
+            f"'{name_or_dir}' has {config.num_labels} outputs, and {task} needs one: fine-tune it "
+            "for that first (new_head=True gives it a new head), or give a finished model"
+        )
+    model = _load_weights(
+        auto_class,
+        name_or_dir,
+        config,
+        new_head=new_head or task == "embedding",
+        trust_remote_code=trust_remote_code,
+    )
+    # GPT-2 and its kin have no padding token, and refuse a batch without one.
+    if getattr(config, "pad_token_id", None) is None and isinstance(
+        eos := getattr(config, "eos_token_id", None), int
+    ):
+        model.config.pad_token_id = eos
+    return model
 
 
 def load_classifier(
@@ -40,30 +99,19 @@ def load_classifier(
     regression: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A sequence classifier in fp32 and eval mode, from safetensors, with SDPA where it has it.
+    """A sequence classifier, as load_model loads it.
 
-    With neither `num_labels`, `label_names` nor `regression`, a finished classifier is expected,
-    and a checkpoint without a trained head raises. With one of them, a head of another size (or
-    none) is replaced by a new one, drawn from torch's global generator. `name_or_dir` is a folder,
-    a Hub name or "demo:minilm". Raises InputError for a model that cannot be loaded so.
+    With neither `num_labels`, `label_names` nor `regression`, a finished classifier is expected;
+    with one of them, a head of another size (or none) is replaced by a new one.
     """
-    num_labels = _label_count(num_labels, label_names, regression)
-    config = _from_pretrained(AutoConfig, name_or_dir, trust_remote_code=trust_remote_code)
-    if num_labels is not None:
-        _set_labels(config, num_labels, label_names, regression)
-    model = _load_weights(
-        AutoModelForSequenceClassification,
+    return load_model(
         name_or_dir,
-        config,
-        new_head=num_labels is not None,
+        "regression" if regression else "classification",
+        num_labels=num_labels,
+        label_names=label_names,
+        new_head=regression,
         trust_remote_code=trust_remote_code,
     )
-    # GPT-2 and its kin have no padding token, and refuse a batch without one.
-    if getattr(config, "pad_token_id", None) is None and isinstance(
-        eos := getattr(config, "eos_token_id", None), int
-    ):
-        model.config.pad_token_id = eos
-    return model
 
 
 def load_tokenizer(
@@ -84,34 +132,159 @@ def load_tokenizer(
     return tokenizer
 
 
+# Encoders whose every matrix has a narrower one as its leading slice, heads included.
+SLICED = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+# Those whose configuration we know how to scale: weights are then drawn at random.
+SCALED = (*SLICED, "gpt2", "modernbert")
+KINDS: dict[str, Any] = {
+    "transformer": None,
+    "bilstm": BiLSTMConfig,
+    "gated_cnn": GatedCNNConfig,
+}
+
+
+def build_student(
+    base: PreTrainedModel | str | os.PathLike[str],
+    *,
+    kind: str = "transformer",
+    layers: int | str | Sequence[int] | None = None,
+    width: int | None = None,
+    init: str | None = None,
+    embeddings: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    task: str = "classification",
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    head_from: PreTrainedModel | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A student on the tokens of `base`, in eval mode, that shares no tensor with it.
+
+    Args:
+        base: the teacher, its pre-trained base, or the name of either (see load_model).
+        kind: "transformer", of the base's architecture, or "bilstm", "gated_cnn" (kdfast.students).
+        init: "copy" chosen layers of the base (default for a transformer; see cut_student for
+            `layers` and `width`), or draw all weights at "random", by transformers from torch's
+            global generator (default, and all there is, for the other kinds).
+        layers: of a random student their number. Default: the base's, or the kind's own.
+        width: hidden size; of a random transformer its feed-forward width follows in proportion and
+            its heads keep their width, where `options` says nothing else.
+        embeddings: words start from the "base"'s, or at "random" (default where init is random;
+            copied layers have copied embeddings). For "base", a transformer needs the base's width;
+            the other kinds project.
+        options: further entries of a random student's configuration.
+        task, num_labels, label_names: the student's head; see load_model.
+        head_from: see cut_student; for init="copy" alone.
+
+    Raises:
+        InputError: an unknown name, or a combination that makes no student.
+    """
+    options = dict(options or {})
+    _check_choice("kind", kind, KINDS)
+    init = init or ("copy" if kind == "transformer" else "random")
+    _check_choice("init", init, ("copy", "random") if kind == "transformer" else ("random",))
+    embeddings = embeddings or ("base" if init == "copy" else "random")
+    _check_choice("embeddings", embeddings, ("base",) if init == "copy" else ("base", "random"))
+    if init == "copy":
+        if options:
+            raise InputError(
+                f"options {', '.join(options)}: a student of copied layers has the base's "
+                "configuration; options are for init='random'"
+            )
+        return cut_student(
+            base,
+            layers,
+            width=width,
+            task=task,
+            num_labels=num_labels,
+            label_names=label_names,
+            head_from=head_from,
+            trust_remote_code=trust_remote_code,
+        )
+    if head_from is not None:
+        raise InputError("head_from is for copied layers (init='copy'), not for a random student")
+    if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int)):
+        raise InputError(f"layers of a random student must be their number, not {layers!r}")
+    if layers is not None and layers < 1:
+        raise InputError(f"a student needs at least 1 layer, not {layers}")
+    auto_class = _auto_class(task)
+    count = _needed_label_count(task, num_labels, label_names)
+
+    if embeddings == "base" and not isinstance(base, PreTrainedModel):
+        base = load_model(base, "embedding", trust_remote_code=trust_remote_code)
+    base_config = (
+        base.config
+        if isinstance(base, PreTrainedModel)
+        else _from_pretrained(AutoConfig, base, trust_remote_code=trust_remote_code)
+    )
+    if kind == "transformer":
+        config = _scaled_config(base_config, layers, width, options)
+    else:
+        if embeddings == "base":
+            assert isinstance(base, PreTrainedModel)
+            table: Any = base.get_input_embeddings()
+            options.setdefault("embedding_size", table.weight.shape[1])
+        config = _other_config(KINDS[kind], base_config, layers, width, options)
+    _set_labels(config, task, count, label_names)
+    student = _from_config(auto_class, config)
+    if embeddings == "base":
+        assert isinstance(base, PreTrainedModel)
+        initialise_embeddings(student, base)
+    if isinstance(base, PreTrainedModel):
+        student.to(device=base.device, dtype=base.dtype)
+    return student.eval()
+
+
 def cut_student(
     base_model_or_name: PreTrainedModel | str | os.PathLike[str],
-    layers: int | Sequence[int],
+    layers: int | str | Sequence[int] | None,
     *,
+    width: int | None = None,
+    task: str = "classification",
     num_labels: int | None = None,
     label_names: Sequence[str] | None = None,
     regression: bool = False,
     head_from: PreTrainedModel | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A classifier made of the embeddings and some of the L encoder layers of another model.
+    """A student made of the embeddings and some of the L encoder layers of another model.
 
-    `layers` are the indices to keep, rising, counted from 0; an integer n keeps the layers
-    i·L // n for i = 0 … n − 1 (the first of each of n equal blocks: 3 of 6 are 0, 2, 4). The head
-    is new, drawn from torch's global generator, or with `head_from` the trained one of that
-    classifier (with its pooler). ModernBERT's first layer has no attention norm: when layer 0 is
-    not kept, that of the first kept layer is dropped.
+    `layers` are the indices to keep, rising, counted from 0, or one of
+
+    - an integer n: layers i·L // n for i = 0 … n − 1, the first of each of n equal blocks (3 of 6
+      are 0, 2, 4);
+    - "first:k", "last:k": the first or the last k;
+    - "every:n": every n-th, which are n − 1, 2n − 1, … ("every:2" of 6 are 1, 3, 5: those that the
+      uniform map pairs the student's layers with);
+    - None: all.
+
+    `width` narrows all hidden states to their first `width` entries: every matrix and norm keeps
+    its leading slice, the attention its first heads, at their own width (so `width` is a multiple
+    of that), the feed-forward its first width / D. Such a student is a start for training only:
+    what it computes is no longer what the base did.
+
+    The head is that of `task` (see load_model; regression=True is task="regression"), new, drawn
+    from torch's global generator, or with `head_from` the trained one of that model (with its
+    pooler). ModernBERT's first layer has no attention norm: when layer 0 is not kept, that of the
+    first kept layer is dropped.
 
     The result is a plain transformers model in eval mode that shares nothing with the base. Raises
-    InputError for layers out of range, a model without a list of layers, a head that does not fit.
+    InputError for layers out of range, a model without a list of layers, a width that the base's
+    heads or its family do not allow, a head that does not fit.
     """
-    num_labels = _label_count(num_labels, label_names, regression)
-    if num_labels is None:
-        raise InputError("a student needs num_labels, label_names or regression=True")
-    if isinstance(base_model_or_name, PreTrainedModel):
-        base: Any = base_model_or_name.base_model
-    else:
-        config = _from_pretrained(AutoConfig, base_model_or_name)
-        base = _load_weights(AutoModel, base_model_or_name, config, new_head=True)
+    if regression:
+        if task not in ("classification", "regression"):
+            raise InputError(f"regression=True is task='regression', but task is '{task}'")
+        task = "regression"
+    auto_class = _auto_class(task)
+    count = _needed_label_count(task, num_labels, label_names)
+    if head_from is not None and task == "embedding":
+        raise InputError("head_from: an embedding model has no head to copy to")
+    base: Any = (
+        base_model_or_name.base_model
+        if isinstance(base_model_or_name, PreTrainedModel)
+        else load_model(base_model_or_name, "embedding", trust_remote_code=trust_remote_code)
+    )
     prefix = encoder_layers(base)[0]
     kept = _layer_indices(layers, base.config.num_hidden_layers)
 
@@ -121,25 +294,30 @@ def cut_student(
         if key.endswith("layer_types") and value and len(value) == config.num_hidden_layers:
             setattr(config, key, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
-    _set_labels(config, num_labels, label_names, regression)
+    if width is not None and width != config.hidden_size:
+        if config.model_type not in SLICED:
+            raise InputError(
+                f"width: {type(base).__name__} cannot be narrowed by slices (of {', '.join(SLICED)}"
+                " that is known to work): leave width out, or draw the weights (init='random')"
+            )
+        if getattr(config, "embedding_size", None) == width:
+            raise InputError(
+                f"width {width} is that of the embeddings of {type(base).__name__}, which then "
+                "would not be projected: choose another one"
+            )
+        _scale(config, width, most=config.hidden_size)
+    _set_labels(config, task, count, label_names)
     # Built from the configuration, not by deleting modules: what depends on a layer's position (its
     # index, ModernBERT's missing first norm) is then what from_pretrained will build again.
-    try:
-        student = AutoModelForSequenceClassification.from_config(
-            config, dtype=base.dtype, **_sdpa(AutoModelForSequenceClassification, config)
-        )
-    except ValueError as error:
-        raise InputError(
-            f"no classifier can be built from this model: {first_line(error)}"
-        ) from error
+    student = _from_config(auto_class, config, dtype=base.dtype)
 
     state = base.state_dict()
     pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
     body = {}
-    for key in student.base_model.state_dict():
+    for key, value in student.base_model.state_dict().items():
         source = pattern.sub(lambda match: f"{prefix}.{kept[int(match[1])]}.", key)
         if source in state:
-            body[key] = state[source]
+            body[key] = state[source][tuple(slice(size) for size in value.shape)]
         elif not key.startswith("pooler."):
             raise InputError(f"the base model has no parameter {source} that its student needs")
     student.base_model.load_state_dict(body, strict=False)
@@ -247,12 +425,29 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise InputError(
+            f"{name} must be one of {', '.join(allowed)} here, was {value!r}"
+            f"{nearest(str(value), allowed)}"
+        )
+
+
+def _auto_class(task: str) -> Any:
+    _check_choice("task", task, TASKS)
+    return TASKS[task]
+
+
 def _label_count(
-    num_labels: int | None, label_names: Sequence[str] | None, regression: bool
+    task: str, num_labels: int | None, label_names: Sequence[str] | None
 ) -> int | None:
-    if regression:
+    if task == "embedding":
+        if num_labels is not None or label_names is not None:
+            raise InputError("an embedding model has no head: give no num_labels, no label_names")
+        return None
+    if task in ONE_OUTPUT:
         if num_labels not in (None, 1) or label_names is not None:
-            raise InputError("a regression has one output: give no num_labels and no label_names")
+            raise InputError(f"{task} has one output: give no num_labels and no label_names")
         return 1
     if label_names is not None:
         if num_labels not in (None, len(label_names)):
@@ -263,33 +458,178 @@ def _label_count(
     return num_labels
 
 
+def _needed_label_count(
+    task: str, num_labels: int | None, label_names: Sequence[str] | None
+) -> int | None:
+    count = _label_count(task, num_labels, label_names)
+    if count is None and task != "embedding":
+        raise InputError(
+            "a student needs num_labels or label_names, or a task without them: "
+            f"{', '.join((*ONE_OUTPUT, 'embedding'))}"
+        )
+    return count
+
+
 def _set_labels(
-    config: PreTrainedConfig, num_labels: int, label_names: Sequence[str] | None, regression: bool
+    config: PreTrainedConfig, task: str, count: int | None, label_names: Sequence[str] | None
 ) -> None:
     if label_names is not None:
         config.id2label = dict(enumerate(label_names))
         config.label2id = {name: i for i, name in enumerate(label_names)}
-    elif config.num_labels != num_labels:
-        config.num_labels = num_labels
-    config.problem_type = "regression" if regression else "single_label_classification"
+    elif count is not None and config.num_labels != count:
+        config.num_labels = count
+    if task == "classification":
+        config.problem_type = "single_label_classification"
+    else:
+        config.problem_type = "regression" if task in ONE_OUTPUT else None
 
 
-def _layer_indices(layers: int | Sequence[int], count: int) -> list[int]:
+def _layer_indices(layers: int | str | Sequence[int] | None, count: int) -> list[int]:
+    if layers is None:
+        return list(range(count))
     if isinstance(layers, int) and not isinstance(layers, bool):
         if not 1 <= layers <= count:
             raise InputError(f"a student of {layers} layers: choose 1 to {count}, as the base has")
         return [i * count // layers for i in range(layers)]
+    if isinstance(layers, str) and (
+        match := re.fullmatch(r"\s*(first|last|every)\s*:\s*(\d+)\s*", layers)
+    ):
+        which, n = match[1], int(match[2])
+        if not 1 <= n <= count:
+            raise InputError(f"layers '{layers}': choose {which}:1 to {which}:{count}")
+        chosen = {
+            "first": range(n),
+            "last": range(count - n, count),
+            "every": range(n - 1, count, n),
+        }
+        return list(chosen[which])
     try:
         kept = [int(i) for i in layers if int(i) == i]  # type: ignore[union-attr]
     except (TypeError, ValueError):
         kept = []
     if not kept or len(kept) != len(layers):  # type: ignore[arg-type]
-        raise InputError(f"layers must be a number or a list of layer indices, not {layers!r}")
+        raise InputError(
+            "layers must be a number or a list of layer indices, or first:K, last:K or every:N, "
+            f"not {layers!r}"
+        )
     if min(kept) < 0 or max(kept) >= count:
         raise InputError(f"layers {kept}: the base model has layers 0 to {count - 1}")
     if kept != sorted(set(kept)):
         raise InputError(f"layers {kept} must rise, each taken once")
     return kept
+
+
+def _scale(
+    config: PreTrainedConfig, width: int, *, heads: int | None = None, most: int | None = None
+) -> None:
+    """Sets the hidden size, and what follows from it: heads of the same width, feed-forward."""
+    before, each = config.hidden_size, config.hidden_size // config.num_attention_heads
+    highest = "" if most is None else f" up to {most}"
+    if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= (most or width):
+        raise InputError(f"width must be a multiple of {each}{highest}, was {width!r}")
+    if heads is None and width % each:
+        raise InputError(
+            f"width {width}: the base's heads are {each} wide and stay whole, so width must be a "
+            f"multiple of {each}{highest}"
+        )
+    for name in ("intermediate_size", "hidden_dim", "n_inner"):
+        if isinstance(inner := getattr(config, name, None), int):
+            setattr(config, name, max(1, inner * width // before))
+    # ELECTRA projects embeddings of another width; those of the same width have no projection.
+    if getattr(config, "embedding_size", None) == before:
+        config.embedding_size = width
+    config.num_attention_heads = width // each if heads is None else heads
+    config.hidden_size = width
+
+
+def _scaled_config(
+    base: PreTrainedConfig, layers: int | None, width: int | None, options: dict[str, Any]
+) -> PreTrainedConfig:
+    """The base's configuration with other sizes and options."""
+    known = {key for key in base.to_dict() if not key.endswith("layer_types")}
+    # DistilBERT's `dim` is known as hidden_size too.
+    names = {**{name: name for name in known}, **base.attribute_map}
+    elsewhere = {"num_hidden_layers": "layers", "hidden_size": "width"}
+    for name in options:
+        if name not in names:
+            raise InputError(
+                f"options: the configuration of {base.model_type} has no '{name}'"
+                f"{nearest(name, names)}"
+            )
+        for general, argument in elsewhere.items():
+            if names[name] == names.get(general):
+                raise InputError(f"options {name}: give it as {argument}")
+    config = copy.deepcopy(base)
+    before = config.num_hidden_layers
+    if layers is not None:
+        for key, value in config.to_dict().items():
+            if key.endswith("layer_types") and value and len(value) == before:
+                setattr(config, key, [value[i % before] for i in range(layers)])
+        config.num_hidden_layers = layers
+    if width is not None and width != config.hidden_size:
+        if config.model_type not in SCALED:
+            raise InputError(
+                f"width: no other width is known for {config.model_type} (it is for "
+                f"{', '.join(SCALED)}): leave width out, or use a base of one of these"
+            )
+        _scale(config, width, heads=options.get("num_attention_heads"))
+    for name, value in options.items():
+        try:
+            setattr(config, name, value)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            why = " ".join(str(error).split())
+            raise InputError(f"options {name}={value!r}: {why}") from error
+    heads = config.num_attention_heads
+    if (
+        isinstance(heads, bool)
+        or not isinstance(heads, int)
+        or heads < 1
+        or (config.hidden_size % heads)
+    ):
+        raise InputError(f"options: {heads!r} heads do not divide the width {config.hidden_size}")
+    return config
+
+
+def _other_config(
+    config_class: Any,
+    base: PreTrainedConfig,
+    layers: int | None,
+    width: int | None,
+    options: dict[str, Any],
+) -> PreTrainedConfig:
+    """The configuration of another architecture, on the base's vocabulary."""
+    known = {
+        name
+        for each in config_class.__mro__
+        if issubclass(each, PreTrainedConfig) and each is not PreTrainedConfig
+        for name in inspect.signature(each.__init__).parameters
+    } - {"self", "kwargs", "vocab_size", "pad_token_id", "num_hidden_layers", "hidden_size"}
+    for name in options:
+        if name not in known:
+            raise InputError(
+                f"options: {config_class.__name__} takes {', '.join(sorted(known))} here, not "
+                f"'{name}'{nearest(name, known)}"
+            )
+    text = base.get_text_config()
+    pad = getattr(text, "pad_token_id", None)
+    if pad is None and isinstance(eos := getattr(text, "eos_token_id", None), int):
+        pad = eos
+    sizes = {"num_hidden_layers": layers, "hidden_size": width}
+    return config_class(
+        vocab_size=text.vocab_size,
+        pad_token_id=pad,
+        **{name: size for name, size in sizes.items() if size is not None},
+        **options,
+    )
+
+
+def _from_config(
+    auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype = torch.float32
+) -> Any:
+    try:
+        return auto_class.from_config(config, dtype=dtype, **_sdpa(auto_class, config))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"no model can be built so: {first_line(error)}") from error
 
 
 def _copy_head(source: PreTrainedModel, student: PreTrainedModel) -> None:
@@ -379,9 +719,14 @@ def _load_weights(
             f"{len(body)} parameters are missing or of another shape, {body[0]} among them"
         )
     if missing and not new_head:
+        what = (
+            "token classification"
+            if auto_class is TASKS["token_classification"]
+            else ("classification")
+        )
         raise InputError(
-            f"'{name}' has no trained classification head ({sorted(missing)[0]} is missing): "
-            "fine-tune it first (`kdfast finetune`), or give a finished classifier"
+            f"'{name}' has no trained {what} head ({sorted(missing)[0]} is missing): "
+            "fine-tune it first (`kdfast finetune`), or give a finished model"
         )
     return model
 

@@ -1,4 +1,4 @@
-"""Loading classifiers, cutting students, freezing embeddings, setting attention dropout."""
+"""Loading models, making students, freezing embeddings, setting attention dropout."""
 
 import importlib.util
 
@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
     GPT2Config,
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from kdfast.distill import demo, models
+from kdfast.distill.capture import model_shape
 from kdfast.errors import InputError
 
 SIZES = {
@@ -31,7 +33,7 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS = {
     "bert": lambda: BertConfig(**SIZES),
     "roberta": lambda: RobertaConfig(**SIZES, pad_token_id=1),
-    "electra": lambda: ElectraConfig(**SIZES, embedding_size=8),
+    "electra": lambda: ElectraConfig(**SIZES, embedding_size=12),
     "distilbert": lambda: DistilBertConfig(
         vocab_size=60, dim=16, n_heads=2, n_layers=6, hidden_dim=32, max_position_embeddings=40
     ),
@@ -109,6 +111,21 @@ def test_an_integer_spaces_layers_evenly():
     ]
 
 
+@pytest.mark.parametrize(
+    ("layers", "kept"),
+    [
+        ("first:3", [0, 1, 2]),
+        ("last:2", [4, 5]),
+        ("every:2", [1, 3, 5]),
+        ("every:4", [3]),
+        (" every : 1", [0, 1, 2, 3, 4, 5]),
+        (None, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_layers_are_chosen_by_name(layers, kept):
+    assert models._layer_indices(layers, 6) == kept
+
+
 def test_modernbert_student_keeps_the_attention_type_of_its_layers():
     base = build("modernbert")
     student = models.cut_student(base, [1, 3, 5], num_labels=2)
@@ -144,6 +161,9 @@ def test_regression_student_has_one_output():
         (True, "number or a list"),
         ("0,3", "number or a list"),
         ([0.5], "number or a list"),
+        ("frist:2", "first:K, last:K or every:N, not 'frist:2'"),
+        ("first:7", "choose first:1 to first:6"),
+        ("every:0", "choose every:1 to every:6"),
     ],
 )
 def test_impossible_layers_are_refused(layers, message):
@@ -167,6 +187,298 @@ def test_labels_that_contradict_each_other_are_refused():
     for labels in ({"num_labels": 3, "label_names": ["a", "b"]}, {"num_labels": 1}, {}):
         with pytest.raises(InputError):
             models.cut_student(build("bert"), 2, **labels)
+
+
+SLICED = ["bert", "roberta", "electra", "distilbert"]
+
+
+@pytest.mark.parametrize("family", SLICED)
+def test_narrow_student_has_the_leading_slice_of_every_weight(family, tmp_path):
+    base = build(family)
+    student = models.build_student(base, layers=[1, 4], width=8, num_labels=2)
+    assert (student.config.hidden_size, student.config.num_attention_heads) == (8, 1)
+    state, layers = base.base_model.state_dict(), {0: 1, 1: 4}
+    prefix = models.encoder_layers(base)[0]
+    for key, value in student.base_model.state_dict().items():
+        for mine, origin in reversed(layers.items()):
+            if key.startswith(f"{prefix}.{mine}."):
+                key = key.replace(f"{prefix}.{mine}.", f"{prefix}.{origin}.")
+                break
+        assert value.shape != state[key].shape or "position_ids" in key or family == "electra"
+        assert torch.equal(value, state[key][tuple(slice(n) for n in value.shape)]), key
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(student))
+
+
+def test_narrow_bert_keeps_its_first_heads_and_half_of_its_feed_forward():
+    base = build("bert")
+    student = models.cut_student(base, [2], width=8, num_labels=2)
+    mine, theirs = student.bert.encoder.layer[0], base.bert.encoder.layer[2]
+    first_head = theirs.attention.self.query.weight[:8, :8]
+    assert torch.equal(mine.attention.self.query.weight, first_head)
+    assert torch.equal(mine.intermediate.dense.weight, theirs.intermediate.dense.weight[:16, :8])
+    assert mine.attention.self.attention_head_size == theirs.attention.self.attention_head_size
+
+
+def test_narrow_electra_projects_the_same_embeddings():
+    base = build("electra")
+    student = models.cut_student(base, 2, width=8, num_labels=2)
+    # Its embeddings are 12 wide and were projected to 16: they stay, the projection narrows.
+    mine, theirs = (m.electra.embeddings.word_embeddings.weight for m in (student, base))
+    assert torch.equal(mine, theirs) and student.electra.embeddings_project.weight.shape == (8, 12)
+    base = AutoModel.from_config(ElectraConfig(**SIZES, embedding_size=8))
+    with pytest.raises(InputError, match="width 8 is that of the embeddings of ElectraModel"):
+        models.cut_student(base, 2, width=8, num_labels=2)
+
+
+@pytest.mark.parametrize("family", SLICED)
+def test_slice_of_full_width_is_the_cut_student(family):
+    base = build(family)
+    cut = models.cut_student(base, "every:3", num_labels=2, head_from=base)
+    whole = models.build_student(
+        base, layers="every:3", width=16, num_labels=2, head_from=base
+    ).state_dict()
+    assert all(torch.equal(value, whole[key]) for key, value in cut.state_dict().items())
+
+
+@families
+def test_random_student_has_the_sizes_asked_for_and_nothing_of_the_base(family):
+    base = build(family)
+    torch.manual_seed(3)
+    student = models.build_student(base, init="random", layers=8, width=24, num_labels=3)
+    assert logits(student).shape == (3, 3) and len(models.encoder_layers(student)[1]) == 8
+    shape = model_shape(student)
+    assert (shape.layers, shape.width, shape.heads, shape.classes) == (8, 24, 3, 3)
+    inner = "hidden_dim" if family == "distilbert" else "intermediate_size"
+    assert getattr(student.config, inner) == 48
+    assert base.config.num_hidden_layers == 6 and base.config.hidden_size == 16
+    torch.manual_seed(3)
+    again = models.build_student(base, init="random", layers=8, width=24, num_labels=3)
+    assert torch.equal(logits(student), logits(again))
+
+
+def test_random_student_takes_options_and_the_words_of_its_base():
+    base = build("bert")
+    student = models.build_student(
+        base,
+        init="random",
+        layers=1,
+        embeddings="base",
+        options={"num_attention_heads": 4, "intermediate_size": 20, "hidden_dropout_prob": 0.2},
+        num_labels=2,
+    )
+    assert model_shape(student).heads == 4 and student.config.intermediate_size == 20
+    words, theirs = (m.get_input_embeddings().weight for m in (student, base))
+    assert torch.equal(words, theirs)
+    assert student.bert.encoder.layer[0].output.dropout.p == 0.2
+
+
+def test_random_student_needs_the_configuration_of_its_base_alone(tmp_path):
+    CONFIGS["bert"]().save_pretrained(tmp_path)
+    student = models.build_student(tmp_path, init="random", num_labels=2)
+    assert model_shape(student).layers == 6
+    assert models.build_student(tmp_path, kind="bilstm", num_labels=2).config.vocab_size == 60
+
+
+KINDS = {"bilstm": "BiLSTM", "gated_cnn": "GatedCNN"}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@kinds
+@pytest.mark.parametrize("embeddings", ["base", "random", None])
+def test_student_of_another_architecture_reads_the_tokens_of_its_base(kind, embeddings, tmp_path):
+    base = build("roberta")
+    student = models.build_student(
+        base,
+        kind=kind,
+        layers=3,
+        width=24,
+        embeddings=embeddings,
+        options={"pooling": "max", "hidden_dropout_prob": 0.3},
+        label_names=["no", "yes"],
+    )
+    config = student.config
+    assert type(student).__name__ == f"{KINDS[kind]}ForSequenceClassification"
+    assert (config.vocab_size, config.pad_token_id, config.pooling) == (60, 1, "max")
+    assert config.embedding_size == (16 if embeddings == "base" else 24)
+    words, theirs = (m.get_input_embeddings().weight for m in (student, base))
+    assert torch.equal(words, theirs) == (embeddings == "base")
+    assert not student.training and logits(student).shape == (3, 2)
+    student.save_pretrained(tmp_path)
+    loaded = models.load_classifier(tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(student), rtol=1e-6, atol=1e-7)
+    assert loaded.config.id2label == {0: "no", 1: "yes"}
+    cut = models.cut_student(student, "first:2", num_labels=2, head_from=student)
+    assert model_shape(cut).layers == 2 and logits(cut).shape == (3, 2)
+
+
+TASK_CLASSES = {
+    "classification": "ForSequenceClassification",
+    "regression": "ForSequenceClassification",
+    "reranking": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "embedding": "Model",
+}
+CLASSES = {"classification": 3, "regression": 1, "reranking": 1, "token_classification": 3}
+tasks = pytest.mark.parametrize("task", TASK_CLASSES)
+
+
+def labels_of(task):
+    return {"num_labels": 3} if CLASSES.get(task) == 3 else {}
+
+
+def answer(model):
+    ids = torch.randint(3, 60, (3, 11), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+
+
+@tasks
+@pytest.mark.parametrize("how", ["cut", "narrow", "random", *KINDS])
+def test_student_of_every_task_is_saved_loaded_and_described(task, how, tmp_path):
+    ways = {
+        "cut": {"layers": "last:2"},
+        "narrow": {"layers": 2, "width": 8},
+        "random": {"init": "random", "layers": 2},
+    }
+    student = models.build_student(
+        build("bert"), task=task, **labels_of(task), **ways.get(how, {"kind": how, "layers": 2})
+    )
+    assert type(student).__name__.endswith(TASK_CLASSES[task])
+    shape = model_shape(student)
+    assert (shape.layers, shape.classes) == (2, CLASSES.get(task))
+    assert shape.regression == (task in models.ONE_OUTPUT)
+    assert shape.token_logits == (task == "token_classification")
+    student.save_pretrained(tmp_path)
+    loaded = models.load_model(tmp_path, task)
+    assert type(loaded) is type(student)
+    torch.testing.assert_close(answer(loaded), answer(student), rtol=1e-6, atol=1e-7)
+
+
+@tasks
+def test_finished_model_of_every_task_needs_no_labels(task, tmp_path):
+    models.build_student(build("bert"), task=task, **labels_of(task)).save_pretrained(tmp_path)
+    assert model_shape(models.load_model(tmp_path, task)).classes == CLASSES.get(task)
+
+
+@pytest.mark.parametrize("task", CLASSES)
+def test_body_without_a_head_gets_one_only_when_asked(task, tmp_path):
+    config = CONFIGS["bert"]()
+    config.num_labels = CLASSES[task]
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    kind = "token classification" if task == "token_classification" else "classification"
+    with pytest.raises(InputError, match=f"has no trained {kind} head"):
+        models.load_model(tmp_path, task)
+    model = models.load_model(tmp_path, task, new_head=True, **labels_of(task))
+    assert model_shape(model).classes == CLASSES[task]
+
+
+def test_classifier_is_no_reranker_until_it_gets_a_head_of_one_output(saved):
+    with pytest.raises(InputError, match="has 3 outputs, and reranking needs one"):
+        models.load_model(saved, "reranking")
+    model = models.load_model(saved, "reranking", new_head=True)
+    assert logits(model).shape == (3, 1) and model_shape(model).regression
+
+
+def test_embedding_model_is_the_body_of_a_checkpoint(saved):
+    model = models.load_model(saved, "embedding")
+    classifier = models.load_classifier(saved)
+    assert torch.equal(answer(model), answer(classifier.base_model))
+    assert model_shape(model).classes is None
+
+
+def test_embedding_model_with_parameters_missing_is_refused(saved):
+    config = BertConfig(**{**SIZES, "num_hidden_layers": 3})
+    config.save_pretrained(saved)
+    with pytest.raises(InputError, match="parameters are missing or of another shape"):
+        models.load_model(saved, "embedding")
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("clasification", {}, r"task must be one of .*\(did you mean 'classification'\?\)"),
+        ("embedding", {"num_labels": 2}, "an embedding model has no head"),
+        ("regression", {"num_labels": 2}, "regression has one output"),
+        ("reranking", {"label_names": ["a", "b"]}, "reranking has one output"),
+        ("token_classification", {"num_labels": 1}, "at least 2 labels"),
+    ],
+)
+def test_tasks_and_labels_that_contradict_each_other_are_refused(task, options, message, saved):
+    with pytest.raises(InputError, match=message):
+        models.load_model(saved, task, **options)
+    with pytest.raises(InputError, match=message):
+        models.build_student(saved, task=task, **options)
+
+
+def test_family_without_the_task_is_refused(tmp_path):
+    config = models.AutoConfig.for_model("vit")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError):
+        models.build_student(tmp_path, init="random", task="token_classification", num_labels=2)
+
+
+IMPOSSIBLE = [
+    ({"kind": "lstm"}, r"kind must be one of .*\(did you mean 'bilstm'\?\)"),
+    ({"init": "coppy"}, "init must be one of copy, random"),
+    ({"kind": "bilstm", "init": "copy"}, "init must be one of random here, was 'copy'"),
+    ({"embeddings": "random"}, "embeddings must be one of base here, was 'random'"),
+    ({"kind": "bilstm", "embeddings": "teacher"}, "embeddings must be one of base, random"),
+    ({"options": {"hidden_act": "relu"}}, "options hidden_act: a student of copied layers"),
+    ({"width": 12}, "heads are 8 wide .* multiple of 8 up to 16"),
+    ({"width": 24}, "width must be a multiple of 8 up to 16, was 24"),
+    ({"width": 0}, "width must be a multiple of 8 up to 16, was 0"),
+    ({"width": 8.0}, "width must be a multiple of 8 up to 16, was 8.0"),
+    ({"init": "random", "width": 12}, "heads are 8 wide"),
+    ({"init": "random", "layers": "first:2"}, "must be their number, not 'first:2'"),
+    ({"init": "random", "layers": [0, 1]}, "must be their number"),
+    ({"init": "random", "layers": 0}, "at least 1 layer"),
+    ({"kind": "gated_cnn", "layers": "every:2"}, "must be their number"),
+    ({"init": "random", "width": 8, "embeddings": "base"}, "they must be alike"),
+    ({"init": "random", "options": {"hidden_dropout": 0.2}}, "did you mean 'hidden_dropout_prob'"),
+    ({"init": "random", "options": {"hidden_size": 8}}, "options hidden_size: give it as width"),
+    ({"init": "random", "options": {"num_attention_heads": 3}}, "3 heads do not divide"),
+    ({"init": "random", "options": {"num_attention_heads": 0}}, "0 heads do not divide"),
+    ({"init": "random", "options": {"intermediate_size": -2}}, "no model can be built so"),
+    ({"kind": "bilstm", "options": {"kernel_size": 3}}, "BiLSTMConfig takes .* not 'kernel_size'"),
+    ({"kind": "gated_cnn", "options": {"kernel": 3}}, "did you mean 'kernel_size'"),
+    ({"kind": "gated_cnn", "options": {"vocab_size": 3}}, "not 'vocab_size'"),
+    ({"kind": "bilstm", "width": 7}, "must be even"),
+    (
+        {"kind": "bilstm", "embeddings": "base", "options": {"embedding_size": 8}},
+        "they must be alike",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), IMPOSSIBLE)
+def test_impossible_students_are_refused_in_one_line(options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        models.build_student(build("bert"), num_labels=2, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_head_to_copy_is_refused_where_there_is_none():
+    base = build("bert")
+    for options in (
+        {"task": "embedding"},
+        {"init": "random", "num_labels": 2},
+        {"kind": "bilstm", "num_labels": 2},
+        {"width": 8, "num_labels": 2},
+    ):
+        with pytest.raises(InputError, match="head_from"):
+            models.build_student(base, head_from=base, **options)
+
+
+def test_width_of_a_family_without_slices_is_refused_by_name():
+    with pytest.raises(InputError, match="ModernBertModel cannot be narrowed by slices"):
+        models.build_student(build("modernbert"), width=8, num_labels=2)
+    deberta = AutoModel.from_config(DebertaV2Config(**SIZES))
+    with pytest.raises(InputError, match="DebertaV2Model cannot be narrowed by slices"):
+        models.build_student(deberta, width=8, num_labels=2)
+    with pytest.raises(InputError, match="no other width is known for deberta-v2"):
+        models.build_student(deberta, init="random", width=8, num_labels=2)
 
 
 @families
