@@ -27,7 +27,7 @@ class LayerAttention:
 class Captured:
     """The internals of one forward pass.
 
-    logits: [B, C], or None for a model without a head.
+    logits: [B, C], [B, N, C] of a token classifier, or None for a model without a head.
     hidden_states: L + 1 tensors [B, N, D], the embeddings at 0, layer i at i; empty if not wanted.
     attention: L layers, layer i at i − 1; empty if not wanted.
     attention_mask: [B, N], 1 = token, or None when nothing is padded.
@@ -41,16 +41,25 @@ class Captured:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a recipe must know of a model before the first batch; classes is None without a head."""
+    """What a recipe must know of a model before the first batch.
+
+    heads: 0 for a model without attention. classes: None without a head. token_logits: the head
+    classifies every token. pool: how a sequence becomes one state, "cls" or "mean" over tokens.
+    max_length: tokens of the longest input of the data, where that is known.
+    """
 
     layers: int
     width: int
     heads: int
     classes: int | None
     regression: bool = False
+    token_logits: bool = False
+    pool: str = "cls"
+    max_length: int | None = None
 
     def describe(self) -> str:
-        return f"{self.layers} layers, width {self.width}, {self.heads} heads"
+        heads = f", {self.heads} heads" if self.heads else ", no attention"
+        return f"{self.layers} layers, width {self.width}{heads}"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.enabled = False
+        self.wants = Needs()
         self.attention: list[LayerAttention] = []
         self.modules: list[nn.Module] = []
         self.hidden_states: tuple[torch.Tensor, ...] = ()
@@ -68,7 +69,7 @@ def _recording_sdpa(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    if _recorder.enabled:
+    if _recorder.enabled and _recorder.wants.attention:
         if kwargs.get("position_bias") is not None:
             raise InputError(
                 f"{type(module).__name__} adds a position bias to its attention scores, which "
@@ -106,16 +107,26 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
-    """Layers, width, heads and classes as the configuration states them."""
+    """Layers, width, heads and classes as the configuration states them.
+
+    Without a [CLS] state to read (a student without attention, ModernBERT's mean pooling) `pool`
+    is "mean".
+    """
     config = model.config.get_text_config()
     has_head = model.base_model is not model
+    token_logits = has_head and "ForTokenClassification" in type(model).__name__
+    heads = config.num_attention_heads
+    mean = heads == 0 or getattr(config, "classifier_pooling", "cls") == "mean"
     return ModelShape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
-        heads=config.num_attention_heads,
+        heads=heads,
         classes=config.num_labels if has_head else None,
         regression=has_head
+        and not token_logits
         and (config.num_labels == 1 or getattr(config, "problem_type", None) == "regression"),
+        token_logits=token_logits,
+        pool="mean" if mean else "cls",
     )
 
 
@@ -159,6 +170,11 @@ class Capture:
         self.model = model
         self.needs = needs
         self.shape = model_shape(model)
+        if needs.attention and self.shape.heads == 0:
+            raise InputError(
+                f"{name} has no attention to capture: use a recipe without attention losses "
+                "(hidden states and logits can be captured), or a transformer"
+            )
         self.layers = self.shape.layers
         self._handles: list[Any] = []
         self.replaced: str | None = None
@@ -170,24 +186,31 @@ class Capture:
             self._handles.append(model.base_model.register_forward_hook(_take_hidden_states))
 
     def __call__(
-        self, inputs: Mapping[str, Any], forward: Callable[..., Any] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        forward: Callable[..., Any] | None = None,
+        needs: Needs | None = None,
     ) -> tuple[Any, Captured]:
-        """Run `forward` (default: the model; a wrapped model such as DDP otherwise) on `inputs`."""
-        with self._recording():
-            kwargs = {"output_hidden_states": True} if self.needs.hidden_states else {}
+        """Run `forward` (default: the model; a wrapped model such as DDP otherwise) on `inputs`.
+
+        needs: less than what was asked for at the start, for a call that reads less.
+        """
+        needs = self.needs if needs is None else needs
+        with self._recording(needs):
+            kwargs = {"output_hidden_states": True} if needs.hidden_states else {}
             outputs = (self.model if forward is None else forward)(
                 **inputs, return_dict=True, **kwargs
             )
             attention = tuple(_recorder.attention)
             modules = tuple(_recorder.modules)
             hidden_states = _recorder.hidden_states
-        if self.needs.attention and len(attention) != self.layers:
+        if needs.attention and len(attention) != self.layers:
             raise RuntimeError(
                 f"captured the queries and keys of {len(attention)} layers where "
                 f"{type(self.model).__name__} has {self.layers}; was its attention implementation "
                 f"changed after capture began (now '{self.model.config._attn_implementation}')?"
             )
-        if self.needs.hidden_states and len(hidden_states) != self.layers + 1:
+        if needs.hidden_states and len(hidden_states) != self.layers + 1:
             raise RuntimeError(
                 f"captured {len(hidden_states)} hidden states where {type(self.model).__name__} "
                 f"with {self.layers} layers should give {self.layers + 1}"
@@ -223,8 +246,9 @@ class Capture:
         self.close()
 
     @contextlib.contextmanager
-    def _recording(self) -> Iterator[None]:
+    def _recording(self, needs: Needs) -> Iterator[None]:
         _recorder.enabled = True
+        _recorder.wants = needs
         try:
             yield
         finally:
@@ -288,7 +312,7 @@ class Capture:
         maps: tuple[torch.Tensor, ...],
     ) -> bool:
         """Whether this mechanism gives eager attention's last hidden state and maps."""
-        with self._recording():
+        with self._recording(self.needs):
             last = self.model.base_model(**inputs, return_dict=True)[0]
             attention = tuple(_recorder.attention)
         if len(attention) != self.layers or len(maps) != self.layers:
@@ -336,7 +360,7 @@ def _hook_projections(module: nn.Module, names: tuple[str, str, str], heads: int
 
     def record(part: str) -> Callable[..., None]:
         def hook(projection: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if not _recorder.enabled:
+            if not (_recorder.enabled and _recorder.wants.attention):
                 return
             seen[part] = output
             if len(seen) == 3:

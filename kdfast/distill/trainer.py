@@ -10,16 +10,20 @@ trainer.train()
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -28,16 +32,20 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from kdfast.captured import Captured
+from kdfast.captured import Captured, Needs
 from kdfast.distill.capture import Capture, model_shape
 from kdfast.distill.data import DistillationCollator, same_vocabulary
 from kdfast.distill.models import set_attention_dropout
+from kdfast.distill.prepare import prepare
+from kdfast.distill.stages import StageClock, stage_steps
 from kdfast.errors import InputError
-from kdfast.recipes import Recipe, build_recipe
+from kdfast.recipes import RECIPES, Recipe, build_recipe, check_recipe
+from kdfast.recipes.schedule import Moment
 
 TEACHER_PREFIX = "teacher_"
 STATE_FILE = "kdfast_state.safetensors"
@@ -50,6 +58,8 @@ class DistillationArguments(TrainingArguments):
     recipe: a name in kdfast.recipes.RECIPES. recipe_options: its keyword arguments.
     attention_dropout: of the student while distilling; None keeps the model's own. 0 by default:
     the losses compare attention before dropout, and on a CPU dropout makes SDPA form the maps.
+    prepared_dir: where parts that are fitted before training (cluster memories, pseudo classifiers)
+    are kept for other runs on the same teacher and data; None fits them every time.
     """
 
     recipe: str = field(default="internal", metadata={"help": "name of the recipe"})
@@ -58,6 +68,9 @@ class DistillationArguments(TrainingArguments):
     )
     attention_dropout: float | None = field(
         default=0.0, metadata={"help": "student attention dropout; None keeps the model's own"}
+    )
+    prepared_dir: str | None = field(
+        default=None, metadata={"help": "where fitted parts of the recipe are kept and reused"}
     )
 
 
@@ -77,7 +90,13 @@ class DistillationTrainer(Trainer):
 
     A batch's columns prefixed "teacher_" go to the teacher, without the prefix; if there are none
     the teacher sees the student's. Loss terms are logged apart as loss_<term>, unweighted. Beside
-    each saved student lies kdfast_state.safetensors with the recipe's learned parts, if any.
+    each saved student lies kdfast_state.safetensors with the recipe's learned parts, if any; its
+    metadata names the recipe and its options.
+
+    Micro-batches of gradient accumulation, and the batches of several processes, are weighted by
+    the samples or tokens that a term is the mean of, so that together they give the gradient of the
+    large batch. Terms that couple the samples of a batch gather it from all processes; accumulated
+    micro-batches stay apart there, and the table at the start names such terms.
 
     Raises:
         InputError: models that the recipe cannot join, reentrant gradient checkpointing, label
@@ -114,17 +133,23 @@ class DistillationTrainer(Trainer):
         if kwargs.get("compute_loss_func") is not None:
             raise InputError("compute_loss_func would be ignored: the recipe is the loss")
         _check_labels_agree(model, teacher)
+        train_dataset = kwargs.get("train_dataset")
         # Learned parts of the recipe are drawn from the run's seed, whatever was drawn before.
         set_seed(args.seed)
         student_shape = model_shape(model)
         if recipe is None:
             if teacher is None and args.recipe != "labels":
                 raise InputError(f"recipe '{args.recipe}' needs a teacher, was None")
+            options = _options(args)
+            check_recipe(args.recipe, options)
+            if "max_length" in inspect.signature(RECIPES[args.recipe]).parameters:
+                longest = _longest(train_dataset)
+                student_shape = dataclasses.replace(student_shape, max_length=longest)
             recipe = build_recipe(
                 args.recipe,
                 student_shape,
                 student_shape if teacher is None else model_shape(teacher),
-                **_options(args),
+                **options,
             )
         if recipe.needs_teacher and teacher is None:
             raise InputError(f"recipe '{recipe.name}' needs a teacher, was None")
@@ -163,10 +188,10 @@ class DistillationTrainer(Trainer):
         announcement = []
         if args.attention_dropout is not None:
             layers = set_attention_dropout(model, args.attention_dropout)
-            announcement.append(
+            announcement += [
                 f"  student attention dropout set to {args.attention_dropout:g} in {layers} layers "
                 "(attention_dropout=None keeps the model's own)"
-            )
+            ] * bool(layers)
         self.recipe = recipe.to(self.args.device)
         self.teacher: PreTrainedModel | None = None
         self._student_capture = Capture(model, recipe.needs)
@@ -181,10 +206,26 @@ class DistillationTrainer(Trainer):
             for role, capture in captures.items()
             if capture is not None and capture.replaced not in (None, "sdpa")
         ]
-        self.add_callback(Announcement("\n".join([recipe.table(), *announcement])))
+        self._prepared: list[str] | None = None
+        self._clock: StageClock | None = None
+        self._resumed_clock: str | None = None
+        self.add_callback(_Clockwork(self._after_step))
+        self.add_callback(
+            Announcement(
+                lambda: "\n".join(
+                    [
+                        recipe.table(None if self._clock is None else self._clock.steps),
+                        *announcement,
+                        *(f"  {line}" for line in self._prepared or ()),
+                    ]
+                )
+            )
+        )
         self._sums: dict[str, torch.Tensor] = {}
-        self._summed = 0
+        self._summed: dict[str, int] = {}
         self._stepped = True
+        self._counts: dict[str, torch.Tensor] = {}
+        self._reached: dict[int, set[int]] = {}
 
     # The loss
 
@@ -200,15 +241,57 @@ class DistillationTrainer(Trainer):
             # Evaluation reports the student's own loss on the labels, and keeps its logits only.
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch)
         labels = student_inputs.pop("labels", None)
-        teacher = self._run_teacher(teacher_inputs)
-        outputs, student = self._student_capture(student_inputs, forward=model)
-        losses = self.recipe(student, teacher, labels)
-        loss = self.recipe.total(losses)
-        if self.args.world_size > 1 and student.logits is not None:
-            # A recipe without a loss on logits leaves the head without gradient, which DDP refuses.
-            loss = loss + 0 * student.logits.sum()
+        at = Moment() if self._clock is None else self._clock.moment(self.state.global_step)
+        needs = self.recipe.needs_at(at.stage)
+        teacher = None
+        if self.recipe.needs_teacher_at(at.stage):
+            teacher = self._run_teacher(teacher_inputs, needs)
+        outputs, student = self._student_capture(student_inputs, forward=model, needs=needs)
+        losses = self.recipe(student, teacher, labels, at)
+        if self._clock is not None:
+            self._clock.observe(losses)
         self._accumulate(losses)
+        loss = self.recipe.total(self._weigh(losses, inputs), at)
+        if self.args.world_size > 1 and student.logits is not None:
+            if at.stage not in self._reached:
+                self._reached[at.stage] = _reached(loss)
+            # A loss that does not reach all parameters (the head, upper layers) DDP would refuse.
+            loss = loss + 0 * student.logits.sum()
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        # All micro-batches of one optimizer step are known here: what each term is the mean of.
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._counts = {}
+        if len(batches) * self.args.world_size > 1:
+            counted = [_counts(batch) for batch in batches]
+            total = torch.stack([torch.stack(list(one.values())) for one in counted]).sum(0)
+            total = total.to(self.args.device)
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(total)
+            share = total / (len(batches) * self.args.world_size)
+            self._counts = dict(zip(counted[0], share, strict=True))
+        return batches, items
+
+    def _weigh(
+        self, losses: dict[str, torch.Tensor], inputs: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """Each loss times its share of the optimizer step's samples or tokens, over the mean one.
+
+        The Trainer takes the mean over micro-batches and DDP over processes, which is right for
+        batches of one size; a term that is a mean over tokens wants it over all tokens.
+        """
+        if not self._counts:
+            return losses
+        own = _counts(inputs)
+        terms: Any = self.recipe.terms
+        return {
+            name: loss
+            if terms[name].couples_samples
+            else loss * (own[unit] / self._counts[unit].clamp(min=1e-9)).to(loss.device)
+            for name, loss in losses.items()
+            for unit in (terms[name].unit,)
+        }
 
     def _split(
         self, inputs: Mapping[str, Any], training: bool
@@ -232,17 +315,17 @@ class DistillationTrainer(Trainer):
         return student, {k: v for k, v in student.items() if k != "labels"}
 
     @torch.no_grad()
-    def _run_teacher(self, inputs: dict[str, Any]) -> Captured | None:
+    def _run_teacher(self, inputs: dict[str, Any], needs: Needs) -> Captured:
         # no_grad, not inference_mode: the losses save the teacher's tensors for backward.
-        if self._teacher_capture is None:
-            return None
         # A teacher of another family may not know every input of the student's (token_type_ids).
         known = self._teacher_columns()
         # A half-precision teacher keeps its own dtype; an fp32 one shares the student's autocast.
-        assert self.teacher is not None
+        assert self.teacher is not None and self._teacher_capture is not None
         mixed = self.teacher.dtype == torch.float32
         with self.accelerator.autocast() if mixed else contextlib.nullcontext():
-            _, captured = self._teacher_capture({k: v for k, v in inputs.items() if k in known})
+            _, captured = self._teacher_capture(
+                {k: v for k, v in inputs.items() if k in known}, needs=needs
+            )
         return captured
 
     def _teacher_columns(self) -> list[str]:
@@ -261,13 +344,13 @@ class DistillationTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*([] if model is None else [model]))
-        parameters = list(self.recipe.parameters())
+        parameters = [p for p in self.recipe.parameters() if p.requires_grad]
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if parameters and id(parameters[0]) not in known:
             optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
         if self.args.world_size > 1:
             # Random projections must start equal on every rank, as the student does.
-            for tensor in (*parameters, *self.recipe.buffers()):
+            for tensor in (*self.recipe.parameters(), *self.recipe.buffers()):
                 torch.distributed.broadcast(tensor.data, src=0)
         return optimizer
 
@@ -283,6 +366,13 @@ class DistillationTrainer(Trainer):
                 if parameter.grad is not None:
                     torch.distributed.all_reduce(parameter.grad)
                     parameter.grad /= self.args.world_size
+            # Zeros that only DDP asked for: without a gradient the optimizer leaves a parameter be.
+            stage = 0 if self._clock is None else self._clock.stage
+            if stage in self._reached:
+                assert self.model is not None
+                for parameter in self.model.parameters():
+                    if id(parameter) not in self._reached[stage]:
+                        parameter.grad = None
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -296,17 +386,31 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        directory = output_dir if output_dir is not None else self.args.output_dir
+        if self.args.should_save and directory is not None:
+            self.save_recipe(directory)
+
+    def save_recipe(self, directory: str | os.PathLike[str]) -> None:
+        """Write the recipe's learned parts, if it has any, and its stage, if it has several.
+
+        The metadata of the file name the recipe ("recipe"), its options as JSON ("options") and
+        where its stages stand ("stage").
+        """
         state = self.recipe.state_dict()
-        if state and self.args.should_save:
-            directory = output_dir if output_dir is not None else self.args.output_dir
-            assert directory is not None
-            partial = os.path.join(directory, STATE_FILE + ".partial")
-            save_file(state, partial, metadata={"recipe": self.recipe.name})
-            os.replace(partial, os.path.join(directory, STATE_FILE))
+        if not state and len(self.recipe.stages) == 1:
+            return
+        partial = os.path.join(directory, STATE_FILE + ".partial")
+        metadata = {
+            "recipe": self.recipe.name,
+            "options": json.dumps(self.recipe.options, default=str),
+            "stage": "" if self._clock is None else self._clock.state(),
+        }
+        save_file({k: v.contiguous() for k, v in state.items()}, partial, metadata=metadata)
+        os.replace(partial, os.path.join(directory, STATE_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.recipe.state_dict():
+        if self.recipe.state_dict() or len(self.recipe.stages) > 1:
             path = os.path.join(resume_from_checkpoint, STATE_FILE)
             if not os.path.isfile(path):
                 raise InputError(
@@ -319,6 +423,8 @@ class DistillationTrainer(Trainer):
                 raise InputError(
                     f"{path} does not fit recipe '{self.recipe.name}': {error}"
                 ) from None
+            with safe_open(path, "pt") as file:
+                self._resumed_clock = file.metadata().get("stage") or None
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -334,7 +440,128 @@ class DistillationTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise InputError(f"no whole checkpoint in {self.args.output_dir} to resume from")
+        self._resumed_clock = None
+        if self._prepared is None and not resume_from_checkpoint:
+            self._prepared = self._prepare_recipe()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def skip_preparation(self) -> None:
+        """For a trial step on a few rows: stand-ins for what would be fitted to all of them."""
+        for part in self.recipe.fitted.values():
+            part.stand_in()
+        self._prepared = []
+
+    def _prepare_recipe(self) -> list[str]:
+        """Fit what the recipe wants fitted before training; a checkpoint has it already."""
+        parts = self.recipe.fitted
+        if not parts:
+            return []
+        if self.train_dataset is None or self.teacher is None:
+            raise InputError(
+                f"recipe '{self.recipe.name}' fits {' and '.join(parts)} to the teacher and the "
+                "training data: give teacher and train_dataset"
+            )
+        dataset: Any = self.train_dataset
+        collate: Any = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        needs = Needs()
+        for part in parts.values():
+            needs = needs | part.needs
+
+        def run_teacher(batch: dict[str, Any]) -> tuple[Captured, torch.Tensor | None]:
+            inputs: Any = self._prepare_inputs(batch)
+            _, own = self._split(inputs, training=True)
+            return self._run_teacher(own, needs), inputs.get("labels")
+
+        return prepare(
+            parts,
+            dataset,
+            collate,
+            run_teacher,
+            teacher=self.teacher,
+            directory=self.args.prepared_dir,  # type: ignore[attr-defined]
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+
+    # Stages: their clock, and the learning-rate schedules that begin with them
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        stages = self.recipe.stages
+        per_epoch = 0
+        if any(stage.epochs is not None for stage in stages):
+            rows = len(self.train_dataset)  # type: ignore[arg-type]
+            batch = self.args.per_device_train_batch_size * self.args.world_size
+            batches = math.ceil(rows / batch)
+            per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+        self._clock = StageClock(self.recipe, stage_steps(stages, num_training_steps, per_epoch))
+        if self._resumed_clock is not None:
+            self._clock.load(self._resumed_clock)
+        if self.lr_scheduler is not None or not any(stage.restart for stage in stages[1:]):
+            return super().create_scheduler(num_training_steps, optimizer)
+        schedule = self._restarting_schedule(num_training_steps)
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: schedule(step),  # a plain function, which the scheduler does not pickle
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _restarting_schedule(self, total: int) -> Callable[[int], float]:
+        """The Trainer's schedule, warm-up in proportion, over each stretch between restarts."""
+        shapes: dict[int, Callable[[int], float]] = {}
+        warmup = self.args.get_warmup_steps(total) / total
+
+        def factor(step: int) -> float:
+            assert self._clock is not None
+            began, length = self._clock.segment()
+            if length not in shapes:
+                one = get_scheduler(
+                    self.args.lr_scheduler_type,
+                    optimizer=torch.optim.SGD([torch.zeros(1)]),
+                    num_warmup_steps=round(warmup * length),
+                    num_training_steps=length,
+                    scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,  # type: ignore[arg-type]
+                )
+                if not hasattr(one, "lr_lambdas"):
+                    raise InputError(
+                        f"lr_scheduler_type '{self.args.lr_scheduler_type}' cannot begin anew with "
+                        f"a stage of recipe '{self.recipe.name}': take linear, cosine or constant"
+                    )
+                shapes[length] = one.lr_lambdas[0]
+            return shapes[length](step - began)
+
+        return factor
+
+    def _after_step(self, step: int) -> None:
+        assert self._clock is not None
+        if not self._clock.after(step, self._over_processes):
+            return
+        scheduler: Any = self.lr_scheduler
+        if self.recipe.stages[self._clock.stage].restart:
+            assert self.optimizer is not None
+            self.optimizer.state.clear()
+            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                # It has already moved to this step, by the schedule of the stage that is over.
+                factors = [shape(scheduler.last_epoch) for shape in scheduler.lr_lambdas]
+                scheduler._last_lr = [
+                    base * f for base, f in zip(scheduler.base_lrs, factors, strict=True)
+                ]
+                groups = self.optimizer.param_groups
+                for group, rate in zip(groups, scheduler._last_lr, strict=True):
+                    group["lr"] = rate
+
+    def _over_processes(self, mean: torch.Tensor) -> torch.Tensor:
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(mean)
+            mean = mean / self.args.world_size
+        return mean
 
     def close(self) -> None:
         """Give both models their own attention functions back; the trainer is done."""
@@ -350,30 +577,37 @@ class DistillationTrainer(Trainer):
             previous = self._sums.get(name)
             detached = loss.detach().float()
             self._sums[name] = detached if previous is None else previous + detached
-        self._summed += 1
+            self._summed[name] = self._summed.get(name, 0) + 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._summed:
             for name, total in self._sums.items():
-                mean = total / self._summed
-                if self.args.world_size > 1:
-                    torch.distributed.all_reduce(mean)
-                    mean = mean / self.args.world_size
+                mean = self._over_processes(total / self._summed[name])
                 logs[f"loss_{name}"] = mean.item()
             self._sums.clear()
-            self._summed = 0
+            self._summed.clear()
         super().log(logs, *args, **kwargs)
 
 
 class Announcement(TrainerCallback):
     """Prints what is about to be trained; trainer.remove_callback(Announcement) for silence."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: Callable[[], str]) -> None:
         self.text = text
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            print(self.text, flush=True)
+            print(self.text(), flush=True)
+
+
+class _Clockwork(TrainerCallback):
+    """Turns the stages, before a checkpoint of the same step is written."""
+
+    def __init__(self, after_step: Callable[[int], None]) -> None:
+        self.after_step = after_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.after_step(state.global_step)
 
 
 def last_whole_checkpoint(directory: str | Path) -> str | None:
@@ -424,6 +658,41 @@ def _check_labels_agree(student: PreTrainedModel, teacher: PreTrainedModel | Non
             f"the student numbers its labels {', '.join(ours)} and the teacher "
             f"{', '.join(theirs)}: give the student the teacher's id2label"
         )
+
+
+def _counts(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """How many samples, valid tokens and labelled tokens a batch has, on its own device."""
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    ids = next(v for v in (batch.get("input_ids"), mask, labels, *batch.values()) if v is not None)
+    samples = torch.tensor(float(len(ids)), device=ids.device)
+    tokens = torch.tensor(float(ids.numel()), device=ids.device)
+    return {
+        "samples": samples,
+        "tokens": tokens if mask is None else mask.sum().float(),
+        "labels": samples if labels is None else (labels != -100).sum().float(),
+    }
+
+
+def _reached(loss: torch.Tensor) -> set[int]:
+    """The ids of the parameters that get a gradient from this loss."""
+    found, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        waiting += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def _longest(dataset: Any) -> int | None:
+    """Tokens of the longest row of a tokenised data set, where it can be asked."""
+    if isinstance(dataset, datasets.Dataset) and "input_ids" in dataset.column_names:
+        return max((len(ids) for ids in dataset["input_ids"]), default=None)
+    return None
 
 
 def _options(args: DistillationArguments) -> dict[str, Any]:

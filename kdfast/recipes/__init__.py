@@ -9,10 +9,23 @@ from typing import Any
 
 from kdfast.captured import ModelShape
 from kdfast.errors import InputError, nearest
+from kdfast.recipes.alp import alp
+from kdfast.recipes.annealing import annealing
+from kdfast.recipes.custom import custom
+from kdfast.recipes.distilbert import distilbert
+from kdfast.recipes.embedding import embedding
 from kdfast.recipes.fsd import fsd
+from kdfast.recipes.hidden import hidden
 from kdfast.recipes.internal import internal
 from kdfast.recipes.labels import labels, soft_labels
+from kdfast.recipes.minilm import minilm
+from kdfast.recipes.minilmv2 import minilmv2
+from kdfast.recipes.pkd import pkd
 from kdfast.recipes.recipe import Recipe, Term
+from kdfast.recipes.rkd import rkd
+from kdfast.recipes.schedule import Weight
+from kdfast.recipes.takd import takd
+from kdfast.recipes.tinybert import tinybert
 from kdfast.recipes.universal import universal
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -20,7 +33,19 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "soft_labels": soft_labels,
     "internal": internal,
     "fsd": fsd,
+    "alp": alp,
     "universal": universal,
+    "minilm": minilm,
+    "minilmv2": minilmv2,
+    "tinybert": tinybert,
+    "pkd": pkd,
+    "distilbert": distilbert,
+    "hidden": hidden,
+    "rkd": rkd,
+    "annealing": annealing,
+    "takd": takd,
+    "embedding": embedding,
+    "custom": custom,
 }
 
 __all__ = ["RECIPES", "Recipe", "Term", "build_recipe", "check_recipe"]
@@ -44,8 +69,12 @@ def check_recipe(name: str, options: dict[str, Any]) -> None:
                 f"recipe '{name}' has no option '{key}'{nearest(key, known)}: it has "
                 f"{', '.join(known) or 'none'}"
             )
+        if key.endswith("_weight"):
+            Weight(value, f"{key} of recipe '{name}'")
+            continue
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if isinstance(known[key].default, float) and not (is_number and math.isfinite(value)):
+        number = known[key].annotation in (float, "float")
+        if number and not (is_number and math.isfinite(value)):
             raise InputError(f"{key} of recipe '{name}' must be a finite number, was {value!r}")
 
 
@@ -53,7 +82,9 @@ def build_recipe(name: str, student: ModelShape, teacher: ModelShape, **options:
     """The recipe `name` for this pair of models; InputError for anything it cannot do."""
     check_recipe(name, options)
     try:
-        return RECIPES[name](student, teacher, **options)
+        recipe = RECIPES[name](student, teacher, **options)
+        recipe.options = options
+        return recipe
     except InputError:
         raise
     except (TypeError, ValueError) as error:

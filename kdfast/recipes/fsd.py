@@ -1,15 +1,96 @@
 """Feature Structure Distillation with Centered Kernel Alignment (Jung et al. 2023).
 
 L_I: alignment of the tokens within each sample (Eq. 6); L_L: of the samples within the batch
-(Eq. 7); beside soft labels.
+(Eq. 7); L_G: of the samples with a memory of the whole data set (Eq. 8-10); beside soft labels.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from kdfast.captured import ModelShape
-from kdfast.losses import CKALoss
+import torch
+
+from kdfast.captured import Captured, ModelShape, Needs
+from kdfast.errors import InputError
+from kdfast.losses import CKALoss, ClusteredMemoryLoss, fit_centroids, flat_states, memory_bytes
+from kdfast.recipes.layer_map import LayerMap
 from kdfast.recipes.layer_map import layer_map as resolve_layer_map
-from kdfast.recipes.recipe import HiddenTerm, Recipe, output_terms
+from kdfast.recipes.recipe import Fitted, Recipe, Term
+from kdfast.recipes.schedule import Moment, Weight
+from kdfast.recipes.terms import HiddenTerm, active_pairs, output_terms
+
+
+class Memory(Fitted):
+    """The memories of one layer pair and their loss; the teacher's by k-means on training data."""
+
+    def __init__(self, layer: int, loss: ClusteredMemoryLoss, *, epochs: int, seed: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.loss = loss
+        self.epochs = epochs
+        self.seed = seed
+        self.passes = epochs + 1
+        self.least_rows = len(loss.teacher_memory)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "layer": self.layer,
+            "clusters": len(self.loss.teacher_memory),
+            "max_length": self.loss.max_length,
+            "padding": self.loss.padding,
+            "epochs": self.epochs,
+            "seed": self.seed,
+        }
+
+    def fit(self, batches: Callable[[], Iterable[tuple[Captured, torch.Tensor | None]]]) -> None:
+        def features() -> Iterable[torch.Tensor]:
+            for teacher, _ in batches():
+                yield flat_states(
+                    teacher.hidden_states[self.layer],
+                    teacher.attention_mask,
+                    max_length=self.loss.max_length,
+                    padding=self.loss.padding,
+                )
+
+        try:
+            centroids = fit_centroids(
+                features, len(self.loss.teacher_memory), epochs=self.epochs, seed=self.seed
+            )
+        except ValueError as error:
+            raise InputError(f"the memory of teacher layer {self.layer}: {error}") from error
+        self.loss.set_teacher_memory(centroids)
+
+    def fitted_state(self) -> dict[str, torch.Tensor]:
+        return {"teacher_memory": self.loss.teacher_memory}
+
+    def load_fitted(self, state: dict[str, torch.Tensor]) -> None:
+        self.loss.set_teacher_memory(state["teacher_memory"])
+
+    def stand_in(self) -> None:
+        self.loss.set_teacher_memory(torch.randn_like(self.loss.teacher_memory))
+
+
+class MemoryTerm(Term):
+    """L_G of every mapped layer pair, mean over pairs."""
+
+    needs = Needs(hidden_states=True)
+    token_aligned = True
+
+    def __init__(self, weight: Any, memories: list[Memory], pairs: LayerMap, clusters: int) -> None:
+        super().__init__(weight, f"samples with {clusters} centroids of the training data")
+        self.memories = torch.nn.ModuleList(memories)
+        self.pairs = pairs
+        self.layers = tuple(i for i, _ in pairs)
+
+    def forward(
+        self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
+    ) -> torch.Tensor:
+        losses = []
+        for k in active_pairs(self.pairs, at):
+            i, j = self.pairs[k]
+            memory: Any = self.memories[k]
+            states = student.hidden_states[i], teacher.hidden_states[j]
+            losses.append(memory.loss(*states, student.attention_mask))
+        return torch.stack(losses).mean()
 
 
 def fsd(
@@ -19,19 +100,42 @@ def fsd(
     layer_map: Any = "penultimate",
     intra_weight: float = 1.0,
     local_weight: float = 1.0,
+    global_weight: float = 1.0,
     estimator: str = "biased",
     form: str = "neg_log",
+    padding: str = "masked",
+    clusters: int = 100,
+    cluster_epochs: int = 3,
+    cluster_seed: int = 0,
+    memory_balance: float = 1e-4,
+    memory_init: str = "normal",
+    max_length: int | None = None,
     soft_label_weight: float = 1.0,
     label_weight: float = 0.0,
     temperature: float = 2.0,
 ) -> Recipe:
-    """Intra-feature and local inter-feature structure by CKA + soft labels.
+    """Intra-feature, local and global structure by CKA + soft labels.
+
+    The paper's total is α·labels + (1 − α)·soft labels + β·(γ_i L_I + γ_l L_L + γ_g L_G); the
+    weights here are those products. Its final values for each task are not printed.
 
     Args:
         layer_map: "penultimate" (the paper: student layer S − 1 from teacher layer T − 1; the only
-            layer of a one-layer student), or as in kdfast.recipes.layer_map (its layer-wise mode;
-            mean over pairs).
-        estimator, form: see kdfast.losses.CKALoss; the paper's are "biased" and "neg_log".
+            layer of a one-layer student), or as in kdfast.recipes.layer_map: its layer-wise mode,
+            mean over pairs, one memory a pair.
+        estimator, form: of L_I and L_L, see kdfast.losses.CKALoss. The paper's are "biased" and
+            "neg_log", the mean over samples of the logarithms; its code has the logarithm of the
+            mean in L_I, "neg_log_of_mean".
+        padding: "masked" (the default: padded positions say nothing of a sentence) or "counted",
+            the paper's, whose batches are all padded to max_length; then pad them so.
+        clusters: centroids of the memories; the paper has 300 for QQP and MNLI, 100 otherwise.
+        cluster_epochs: passes of k-means over the training data, 3 as in the paper.
+        memory_balance: γ_m, the Euclidean share of the distances to the memory. The paper's search
+            goes from 1e-7 to 1 and ends near 1e-6 to 1e-2 on most tasks; squared differences of
+            distances between long vectors dwarf those of cosines.
+        memory_init: of the student's memory, "normal" (the paper) or "teacher" (equal widths).
+        max_length: tokens of the longest input, the memories' width; known to the trainer where
+            the data set is held whole.
     """
     if layer_map == "penultimate":
         layer_map = [[max(1, student.layers - 1), max(1, teacher.layers - 1)]]
@@ -45,7 +149,7 @@ def fsd(
     )
     terms["intra"] = HiddenTerm(
         intra_weight,
-        CKALoss("tokens", estimator=estimator, form=form),
+        CKALoss("tokens", estimator=estimator, form=form, padding=padding),
         pairs,
         f"tokens of each sample by {estimator} CKA",
         token_aligned=True,
@@ -54,9 +158,61 @@ def fsd(
     # for padding to mean the same, though CKA itself would not mind.
     terms["local"] = HiddenTerm(
         local_weight,
-        CKALoss("samples", estimator=estimator, form=form),
+        CKALoss(
+            "samples",
+            estimator=estimator,
+            form="neg_log" if form == "neg_log_of_mean" else form,
+            padding=padding,
+        ),
         pairs,
         f"samples of the batch by {estimator} CKA",
         token_aligned=True,
     )
-    return Recipe("fsd", terms, pairs)
+    notes = []
+    if Weight(global_weight, "global_weight").maximum > 0:
+        length = max_length if max_length is not None else student.max_length
+        if length is None:
+            raise InputError(
+                "the memories of recipe 'fsd' are as wide as the longest input: give max_length "
+                "in tokens, or global_weight=0"
+            )
+        notes.append(_check_memory(clusters, length, student.width, teacher.width, len(pairs)))
+        memories = [
+            Memory(
+                j,
+                ClusteredMemoryLoss(
+                    clusters,
+                    length,
+                    student.width,
+                    teacher.width,
+                    balance=memory_balance,
+                    padding=padding,
+                    init=memory_init,
+                ),
+                epochs=cluster_epochs,
+                seed=cluster_seed,
+            )
+            for _, j in pairs
+        ]
+        terms["global"] = MemoryTerm(global_weight, memories, pairs, clusters)
+    return Recipe("fsd", terms, pairs, notes=notes)
+
+
+def _check_memory(clusters: int, length: int, width_s: int, width_t: int, pairs: int) -> str:
+    """How large the memories are; InputError where they do not fit in this machine's memory."""
+    import psutil
+
+    values = pairs * clusters * length * width_s
+    size = pairs * memory_bytes(clusters, length, width_s, width_t)
+    free = psutil.virtual_memory().available
+    shown = (
+        f"student memory {clusters} × {length} × {width_s}"
+        + (f" for each of {pairs} pairs" if pairs > 1 else "")
+        + f" = {values / 1e6:.1f} M values"
+    )
+    if size > free:
+        raise InputError(
+            f"{shown}: the memories, with gradient and optimizer state, take {size / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB are free: lower clusters or max_length"
+        )
+    return f"{shown}; the memories take {size / 1e6:.0f} MB in training"

@@ -1,7 +1,8 @@
 """The baselines: labels alone, and the teacher's output distribution alone or beside them."""
 
 from kdfast.captured import ModelShape
-from kdfast.recipes.recipe import Recipe, output_terms
+from kdfast.recipes.recipe import Recipe
+from kdfast.recipes.terms import output_terms
 
 
 def labels(student: ModelShape, teacher: ModelShape) -> Recipe:

@@ -1,17 +1,18 @@
-"""A recipe: weighted losses on a layer map, and what they read of teacher and student."""
+"""A recipe: weighted losses on a layer map, in stages, and what they read of both models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from kdfast.captured import Captured, LayerAttention, ModelShape, Needs
-from kdfast.errors import InputError
-from kdfast.losses import AttentionKLLoss, SoftLabelLoss
+from kdfast.captured import Captured, Needs
+from kdfast.errors import InputError, nearest
 from kdfast.recipes.layer_map import LayerMap
+from kdfast.recipes.schedule import Moment, Stage, Weight
 
 
 class Term(nn.Module):
@@ -19,221 +20,211 @@ class Term(nn.Module):
 
     needs: what it reads of both models. needs_teacher: False for losses on labels alone.
     token_aligned: compares token i of one model with token i of the other, so both must see the
-    same token ids. describe: what the table at the start shows of it.
+    same token ids. unit: what its mean runs over, "samples", valid "tokens" or "labels"; micro-
+    batches are weighted by their number of them. couples_samples: the loss of a batch is no mean of
+    its samples' losses, so the batch must be seen whole. layers: the student layers that it trains,
+    if it is made of layer pairs. describe: what the table at the start shows of it.
     """
 
     needs = Needs()
     needs_teacher = True
     token_aligned = False
+    unit = "samples"
+    couples_samples = False
+    layers: tuple[int, ...] = ()
 
-    def __init__(self, weight: float, describe: str) -> None:
+    def __init__(self, weight: Any, describe: str) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = Weight(weight)
         self.describe = describe
 
     def forward(
-        self, student: Captured, teacher: Captured, labels: torch.Tensor | None
+        self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
     ) -> torch.Tensor:
-        """The unweighted loss, a scalar."""
+        """The unweighted loss, a scalar, at this moment of the training."""
         raise NotImplementedError
 
 
-class Recipe(nn.Module):
-    """Named terms; `forward` gives each term's unweighted loss, `total` their weighted sum.
+class Fitted(nn.Module):
+    """A learned part that is fitted to the frozen teacher on the training data, before training.
 
-    Terms of weight 0 are left out, so that nothing is captured or computed for them. Parameters of
-    the recipe (projections, pseudo classifiers) are trained with the student and saved apart.
+    needs: what it reads of the teacher. passes: how often it reads the training data, of which it
+    wants least_rows. What it learns are buffers or parameters, saved with the recipe and kept for
+    other runs.
     """
 
-    def __init__(self, name: str, terms: dict[str, Term], layers: LayerMap = ()) -> None:
+    needs = Needs(hidden_states=True)
+    passes = 1
+    least_rows = 1
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, beside teacher and data; JSON."""
+        raise NotImplementedError
+
+    def fit(self, batches: Callable[[], Iterable[tuple[Captured, torch.Tensor | None]]]) -> None:
+        """batches: called once a pass; all of the data in one fixed order, teacher and labels."""
+        raise NotImplementedError
+
+    def fitted_state(self) -> dict[str, torch.Tensor]:
+        """What `fit` made, for `load_fitted` of a later run."""
+        return self.state_dict()
+
+    def load_fitted(self, state: dict[str, torch.Tensor]) -> None:
+        self.load_state_dict(state)
+
+    def stand_in(self) -> None:
+        """Something of the right shape in place of a fit, for a step that only tries the losses."""
+
+
+class Recipe(nn.Module):
+    """Named terms and stages; `forward` gives each active term's loss, `total` their weighted sum.
+
+    Terms of weight 0 are left out, so that nothing is captured or computed for them. Parameters of
+    the recipe (projections, pseudo classifiers, memories) are trained with the student and saved
+    apart. Without stages all terms are trained all the time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        terms: dict[str, Term],
+        layers: LayerMap = (),
+        *,
+        stages: Sequence[Stage] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        for term_name, term in terms.items():
-            if term.weight < 0:
-                raise InputError(
-                    f"the weight of {term_name} in recipe '{name}' must not be negative, was "
-                    f"{term.weight}"
-                )
-        kept = {key: term for key, term in terms.items() if term.weight > 0}
+        kept = {key: term for key, term in terms.items() if term.weight.maximum > 0}
         if not kept:
             raise InputError(f"every weight of recipe '{name}' is 0: nothing would be trained")
         self.name = name
+        self.options: dict[str, Any] = {}
         self.terms = nn.ModuleDict(kept)
         self.layers = layers
+        self.notes = list(notes)
+        self.stages = _stages(name, stages, terms, kept)
         self.needs = Needs()
         for term in kept.values():
             self.needs = self.needs | term.needs
         self.needs_teacher = any(term.needs_teacher for term in kept.values())
         self.token_aligned = [key for key, term in kept.items() if term.token_aligned]
 
+    @property
+    def fitted(self) -> dict[str, Fitted]:
+        """The parts that need a pass over the training data first, by module name."""
+        return {n: m for n, m in self.named_modules() if isinstance(m, Fitted)}
+
+    def active(self, stage: int = 0) -> dict[str, Term]:
+        return {name: self.terms[name] for name in self.stages[stage].terms}  # type: ignore[misc]
+
+    def needs_at(self, stage: int) -> Needs:
+        needs = Needs()
+        for term in self.active(stage).values():
+            needs = needs | term.needs
+        return needs
+
+    def needs_teacher_at(self, stage: int) -> bool:
+        return any(term.needs_teacher for term in self.active(stage).values())
+
     def forward(
-        self, student: Captured, teacher: Captured | None, labels: torch.Tensor | None
+        self,
+        student: Captured,
+        teacher: Captured | None,
+        labels: torch.Tensor | None,
+        at: Moment | None = None,
     ) -> dict[str, torch.Tensor]:
+        at = at or Moment()
+        at = dataclasses.replace(at, layers=self.stages[at.stage].layers)
         if teacher is None:
-            if self.needs_teacher:
+            if self.needs_teacher_at(at.stage):
                 raise ValueError(f"recipe '{self.name}' needs a teacher, got None")
             teacher = Captured(logits=None)
-        return {name: term(student, teacher, labels) for name, term in self.terms.items()}
+        return {
+            name: term(student, teacher, labels, at) for name, term in self.active(at.stage).items()
+        }
 
-    def total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    def total(self, losses: dict[str, torch.Tensor], at: Moment | None = None) -> torch.Tensor:
+        progress = 0.0 if at is None else at.progress
+        terms: Any = self.terms
         return torch.stack(
-            [self.terms[name].weight * loss.float() for name, loss in losses.items()]  # type: ignore[operator]
+            [terms[name].weight(progress) * loss.float() for name, loss in losses.items()]
         ).sum()
 
-    def table(self) -> str:
-        """The recipe as aligned text: term, weight, and what it compares."""
-        rows = [("term", "weight", "compares")]
-        rows += [
-            (name, f"{term.weight:g}", str(term.describe)) for name, term in self.terms.items()
+    def table(self, steps: Sequence[int] | None = None) -> str:
+        """The recipe as aligned text: terms, layer map and stages (with their numbers of steps)."""
+        terms: Any = self.terms
+        blocks = [
+            [("term", "weight", "compares")]
+            + [(name, str(term.weight), str(term.describe)) for name, term in terms.items()]
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}" for a, b, c in rows]
-        return f"recipe {self.name}\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def describe_pairs(pairs: LayerMap) -> str:
-    return "student ← teacher layers " + ", ".join(f"{i} ← {j}" for i, j in pairs)
-
-
-class LabelTerm(Term):
-    """Cross-entropy on the labels; mean squared error for regression."""
-
-    needs_teacher = False
-
-    def __init__(self, weight: float, *, regression: bool) -> None:
-        super().__init__(weight, "student logits with labels")
-        self.regression = regression
-
-    def forward(
-        self, student: Captured, teacher: Captured, labels: torch.Tensor | None
-    ) -> torch.Tensor:
-        if labels is None:
-            raise ValueError("this recipe trains on labels and the batch has none ('labels')")
-        logits = logits_of(student, "student").float()
-        if self.regression:
-            return F.mse_loss(logits, labels.float().view_as(logits))
-        return F.cross_entropy(logits, labels)
-
-
-class SoftLabelTerm(Term):
-    def __init__(self, weight: float, *, temperature: float, regression: bool) -> None:
-        what = "squared error" if regression else f"KL at temperature {temperature:g}"
-        super().__init__(weight, f"student logits with teacher logits, {what}")
-        self.loss = SoftLabelLoss(temperature, regression=regression)
-
-    def forward(
-        self, student: Captured, teacher: Captured, labels: torch.Tensor | None
-    ) -> torch.Tensor:
-        return self.loss(logits_of(student, "student"), logits_of(teacher, "teacher"))
-
-
-class HiddenTerm(Term):
-    """A loss module on hidden states, over the mapped layer pairs at once."""
-
-    needs = Needs(hidden_states=True)
-
-    def __init__(
-        self, weight: float, loss: nn.Module, pairs: LayerMap, what: str, *, token_aligned: bool
-    ) -> None:
-        super().__init__(weight, f"{what}, {describe_pairs(pairs)}")
-        self.loss = loss
-        self.pairs = pairs
-        self.token_aligned = token_aligned
-
-    def forward(
-        self, student: Captured, teacher: Captured, labels: torch.Tensor | None
-    ) -> torch.Tensor:
-        return self.loss(
-            [student.hidden_states[i] for i, _ in self.pairs],
-            [teacher.hidden_states[j] for _, j in self.pairs],
-            student.attention_mask,
-        )
-
-
-class AttentionTerm(Term):
-    """Attention-map KL of the mapped layer pairs, launched together where their masks agree."""
-
-    needs = Needs(attention=True)
-    token_aligned = True
-
-    def __init__(self, weight: float, loss: AttentionKLLoss, pairs: LayerMap) -> None:
-        super().__init__(weight, f"attention maps by KL, {describe_pairs(pairs)}")
-        self.loss = loss
-        self.pairs = pairs
-
-    def forward(
-        self, student: Captured, teacher: Captured, labels: torch.Tensor | None
-    ) -> torch.Tensor:
-        # Layers with equal masks and scales share one launch: all of them in BERT, the local and
-        # the global ones apart in ModernBERT.
-        groups: dict[tuple, list[tuple[LayerAttention, LayerAttention]]] = {}
-        for i, j in self.pairs:
-            s, t = student.attention[i - 1], teacher.attention[j - 1]
-            if (s.causal, s.window) != (t.causal, t.window):
-                raise InputError(
-                    f"student layer {i} (causal {s.causal}, window {s.window}) and teacher layer "
-                    f"{j} (causal {t.causal}, window {t.window}) attend to different tokens: map "
-                    "layers whose masks agree"
-                )
-            groups.setdefault((s.causal, s.window, s.scale, t.scale), []).append((s, t))
-        losses = [
-            self.loss(
-                [s.query for s, _ in group],
-                [s.key for s, _ in group],
-                [t.query for _, t in group],
-                [t.key for _, t in group],
-                student.attention_mask,
-                causal=causal,
-                window=window,
-                scale_s=None if self.loss.relation_heads else scale_s,
-                scale_t=None if self.loss.relation_heads else scale_t,
+        if self.layers:
+            students, teachers = zip(*self.layers, strict=True)
+            blocks.append(
+                [("student layer", *map(str, students)), ("teacher layer", *map(str, teachers))]
             )
-            * (len(group) if self.loss.layers == "mean" else 1)
-            for (causal, window, scale_s, scale_t), group in groups.items()
-        ]
-        total = torch.stack(losses).sum()
-        return total / len(self.pairs) if self.loss.layers == "mean" else total
+        if len(self.stages) > 1:
+            lasts = [""] * len(self.stages) if steps is None else [f"≤ {n}" for n in steps]
+            blocks.append(
+                [("stage", "steps", "trains")]
+                + [
+                    (stage.name, last, ", ".join(stage.terms) + _of_layers(stage))
+                    for stage, last in zip(self.stages, lasts, strict=True)
+                ]
+            )
+        lines = [f"recipe {self.name}"]
+        for rows in blocks:
+            widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+            lines += [
+                "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+                for row in rows
+            ]
+        coupled = [name for name, term in terms.items() if term.couples_samples]
+        if coupled:
+            lines.append(
+                f"  {', '.join(coupled)}: couples the samples of a batch, so accumulated small "
+                "batches are not the large one"
+            )
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
-def logits_of(captured: Captured, role: str) -> torch.Tensor:
-    if captured.logits is None:
-        raise InputError(f"the {role} has no classification head, and this recipe needs its logits")
-    if captured.logits.dim() != 2:
+def _of_layers(stage: Stage) -> str:
+    if stage.layers is None:
+        return ""
+    which = ", ".join(map(str, stage.layers))
+    return f" of student layer{'s' if len(stage.layers) > 1 else ''} {which}"
+
+
+def _has_pair(term: Term, stage: Stage) -> bool:
+    """Whether a term made of layer pairs has one in the layers of this stage."""
+    return stage.layers is None or not term.layers or bool(set(term.layers) & set(stage.layers))
+
+
+def _stages(
+    recipe: str, stages: Sequence[Stage], terms: dict[str, Term], kept: dict[str, Term]
+) -> list[Stage]:
+    """The stages without terms of weight 0 or of other layers, and without those left empty."""
+    found = []
+    for stage in stages:
+        for name in stage.terms:
+            if name not in terms:
+                raise InputError(
+                    f"stage '{stage.name}' of recipe '{recipe}' names the loss '{name}', which it "
+                    f"has not{nearest(name, terms)}: it has {', '.join(terms)}"
+                )
+        active = tuple(name for name in stage.terms if name in kept and _has_pair(kept[name], stage))
+        if active:
+            found.append(dataclasses.replace(stage, terms=active))
+    if stages and not found:
+        raise InputError(f"no stage of recipe '{recipe}' trains anything")
+    idle = set(kept) - {name for stage in found for name in stage.terms}
+    if found and idle:
         raise InputError(
-            f"the {role}'s logits must be [batch, classes], one row a sequence, were "
-            f"{list(captured.logits.shape)}"
+            f"{', '.join(sorted(idle))} of recipe '{recipe}' has a weight and is in no stage"
         )
-    return captured.logits
-
-
-def output_terms(
-    student: ModelShape,
-    teacher: ModelShape,
-    *,
-    label_weight: float,
-    soft_label_weight: float,
-    temperature: float,
-) -> dict[str, Term]:
-    """The terms on logits that every recipe offers; checks that both heads speak of the same."""
-    if soft_label_weight > 0 and student.classes != teacher.classes:
-        raise InputError(
-            f"soft labels need as many student classes as teacher classes, were {student.classes} "
-            f"and {teacher.classes}"
-        )
-    return {
-        "labels": LabelTerm(label_weight, regression=student.regression),
-        "soft_labels": SoftLabelTerm(
-            soft_label_weight, temperature=temperature, regression=student.regression
-        ),
-    }
-
-
-def pooled(
-    hidden: Sequence[torch.Tensor], mask: torch.Tensor | None, pool: str
-) -> list[torch.Tensor]:
-    """[B, D] of each [B, N, D]: its [CLS] state, or the mean over valid tokens."""
-    if pool == "cls":
-        return [h[:, 0] for h in hidden]
-    if mask is None:
-        return [h.mean(1) for h in hidden]
-    weights = mask.to(hidden[0].dtype)[..., None]
-    return [(h * weights).sum(1) / weights.sum(1).clamp(min=1) for h in hidden]
+    for stage in found:
+        if stage.until is not None and stage.until.term not in stage.terms:
+            raise InputError(
+                f"stage '{stage.name}' of recipe '{recipe}' ends by the loss '{stage.until.term}', "
+                f"which it does not train: it trains {', '.join(stage.terms)}"
+            )
+    return found or [Stage("all", tuple(kept))]

@@ -2,19 +2,27 @@
 
 Each intermediate layer of both models gets a linear classifier on its pooled state. Every student
 layer attends over all teacher layers' outputs (dot products of pseudo logits) and learns their
-mixture by KL.
+mixture by KL. Outputs have one shape whatever the architecture, so the student may be anything that
+has layers: a shallow transformer, a BiLSTM, a CNN.
 """
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from kdfast.captured import Captured, ModelShape, Needs
 from kdfast.errors import InputError
 from kdfast.losses import LayerProjectionLoss
 from kdfast.losses.layers import choose
 from kdfast.ops.layer_projection import layer_projection
-from kdfast.recipes.recipe import Recipe, Term, output_terms, pooled
+from kdfast.recipes.recipe import Fitted, Recipe, Term
+from kdfast.recipes.schedule import Moment, Stage
+from kdfast.recipes.terms import LabelTerm, label_loss, logits_of, output_terms, pool_of, pooled
+
+TRAINING = ("fitted", "joint", "free")
 
 
 class PseudoClassifiers(nn.Module):
@@ -22,84 +30,174 @@ class PseudoClassifiers(nn.Module):
 
     def __init__(self, shape: ModelShape, classes: int, pool: str) -> None:
         super().__init__()
-        # A one-layer student has no intermediate layer; its only one takes part.
+        # A one-layer model has no intermediate layer; its only one takes part.
         self.layers = range(1, max(2, shape.layers))
         self.pool = pool
+        self.classes = classes
         self.classifiers = nn.ModuleList(nn.Linear(shape.width, classes) for _ in self.layers)
+
+    def states(self, captured: Captured) -> list[torch.Tensor]:
+        """L − 1 tensors [B, D]."""
+        return pooled(
+            [captured.hidden_states[i] for i in self.layers], captured.attention_mask, self.pool
+        )
 
     def forward(self, captured: Captured) -> list[torch.Tensor]:
         """L − 1 tensors [B, C] of pseudo logits."""
-        states = pooled(
-            [captured.hidden_states[i] for i in self.layers], captured.attention_mask, self.pool
-        )
         # The classifiers are fp32 parameters of the recipe; states may come in half precision.
         return [
             classify(h.to(next(classify.parameters()).dtype))
-            for classify, h in zip(self.classifiers, states, strict=True)
+            for classify, h in zip(self.classifiers, self.states(captured), strict=True)
         ]
+
+
+class FittedClassifiers(PseudoClassifiers, Fitted):
+    """Pseudo classifiers of the frozen teacher, each the logistic (ridge) regression of the labels.
+
+    The problem is convex, so it is solved rather than trained: on standardised pooled states of
+    `rows` training sentences, with the inverse penalty `c` (scikit-learn's C), then frozen.
+    """
+
+    def __init__(
+        self, shape: ModelShape, classes: int, pool: str, *, regression: bool, c: float, rows: int
+    ) -> None:
+        super().__init__(shape, classes, pool)
+        self.requires_grad_(False)
+        self.regression = regression
+        self.c = c
+        self.rows = rows
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "pool": self.pool,
+            "classes": self.classes,
+            "regression": self.regression,
+            "c": self.c,
+            "rows": self.rows,
+        }
+
+    def fit(self, batches: Callable[[], Iterable[tuple[Captured, torch.Tensor | None]]]) -> None:
+        states: list[list[torch.Tensor]] = [[] for _ in self.classifiers]
+        targets: list[torch.Tensor] = []
+        for teacher, labels in batches():
+            if labels is None:
+                raise InputError(
+                    "pseudo classifiers are fitted to labels and the training data has none "
+                    "('labels')"
+                )
+            for kept, h in zip(states, self.states(teacher), strict=True):
+                kept.append(h.float().cpu())
+            targets.append(labels.cpu())
+            if sum(map(len, targets)) >= self.rows:
+                break
+        for module, kept in zip(self.classifiers, states, strict=True):
+            classify: Any = module
+            x = torch.cat(kept).double()
+            mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+            weight, bias = self._solve(((x - mean) / scale).numpy(), torch.cat(targets).numpy())
+            classify.weight.copy_(weight / scale)
+            classify.bias.copy_(bias - (weight / scale) @ mean)
+
+    def _solve(self, x: Any, y: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """[C, D] and [C] in float64 for standardised x [n, D] and labels y [n]."""
+        from sklearn.linear_model import LogisticRegression, Ridge
+
+        if self.regression:
+            ridge = Ridge(alpha=1 / self.c).fit(x, y)
+            return torch.from_numpy(ridge.coef_)[None], torch.tensor([float(ridge.intercept_)])
+        seen = sorted(set(y.tolist()))
+        # A class without a sentence gets the weight of less than one.
+        weight = torch.zeros(self.classes, x.shape[1], dtype=torch.float64)
+        bias = torch.full((self.classes,), -math.log(1 + len(y)), dtype=torch.float64)
+        if len(seen) == 1:
+            bias[seen[0]] = 0
+            return weight, bias
+        model = LogisticRegression(C=self.c, max_iter=1000).fit(x, y)
+        coef, intercept = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+        if len(seen) == 2:  # one function for two classes: their logits differ by it
+            coef, intercept = torch.cat([-coef, coef]) / 2, torch.cat([-intercept, intercept]) / 2
+        weight[seen], bias[seen] = coef, intercept
+        return weight, bias
 
 
 class PseudoLabelTerm(Term):
-    """The teacher's pseudo classifiers learn the labels; the teacher itself stays frozen."""
+    """The teacher's pseudo classifiers learn the labels beside the student, the teacher nothing."""
 
     needs = Needs(hidden_states=True)
 
-    def __init__(self, weight: float, classifiers: PseudoClassifiers, *, regression: bool) -> None:
+    def __init__(self, weight: Any, classifiers: PseudoClassifiers, *, regression: bool) -> None:
         super().__init__(
             weight, f"teacher pseudo classifiers ({len(classifiers.layers)}) with labels"
         )
-        self.classifiers = classifiers
+        # Owned (trained, saved) by PseudoProjectionTerm; a tuple keeps it from a second entry.
+        self._classifiers = (classifiers,)
         self.regression = regression
 
     def forward(
-        self, student: Captured, teacher: Captured, labels: torch.Tensor | None
+        self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
     ) -> torch.Tensor:
         if labels is None:
             raise ValueError("pseudo classifiers train on labels and the batch has none ('labels')")
-        losses = [
-            F.mse_loss(logits, labels.float().view_as(logits))
-            if self.regression
-            else F.cross_entropy(logits, labels)
-            for logits in self.classifiers(teacher)
-        ]
-        return torch.stack(losses).mean()
+        return torch.stack(
+            [
+                label_loss(logits, labels, regression=self.regression)
+                for logits in self._classifiers[0](teacher)
+            ]
+        ).mean()
 
 
 class PseudoProjectionTerm(Term):
-    """KL from the attention-weighted teacher pseudo logits to each student layer's."""
+    """KL from the attention-weighted teacher (pseudo) logits to each student layer's.
+
+    student: None for the capacity gap: the student's own logits alone, and all outputs of the
+    teacher, its last among them, as its assistants. learns_from_student: see `universal`.
+    """
 
     needs = Needs(hidden_states=True)
 
     def __init__(
         self,
-        weight: float,
+        weight: Any,
         loss: LayerProjectionLoss,
-        student: PseudoClassifiers,
+        student: PseudoClassifiers | None,
         teacher: PseudoClassifiers,
+        *,
+        learns_from_student: bool,
     ) -> None:
+        last = teacher.layers[-1]
         super().__init__(
             weight,
-            f"pseudo logits of student layers {student.layers[0]} to {student.layers[-1]} with "
-            f"projected teacher layers {teacher.layers[0]} to {teacher.layers[-1]}",
+            f"student logits with the projection of teacher pseudo layers 1 to {last} and logits"
+            if student is None
+            else f"pseudo logits of student layers 1 to {student.layers[-1]} with projected "
+            f"teacher layers 1 to {last}",
         )
         self.loss = loss
         self.student = student
-        # Owned (trained, saved) by PseudoLabelTerm; a tuple keeps it from being registered twice.
-        self._teacher = (teacher,)
+        self.teacher = teacher
+        self.learns_from_student = learns_from_student
 
     def forward(
-        self, student: Captured, teacher: Captured, labels: torch.Tensor | None
+        self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
     ) -> torch.Tensor:
-        # Detached: the teacher's classifiers learn the labels, not to meet the student half-way.
-        targets = [logits.detach() for logits in self._teacher[0](teacher)]
-        return self.loss(self.student(student), targets)
+        own, theirs = self._outputs(student, teacher)
+        if not self.learns_from_student:
+            theirs = [logits.detach() for logits in theirs]
+        return self.loss(own, theirs)
 
     def projection_weights(self, student: Captured, teacher: Captured) -> torch.Tensor:
         """α [B, L_s, L_t]: how much each student layer attends to each teacher layer."""
-        _, weights = layer_projection(
-            self.student(student), self._teacher[0](teacher), scale=self.loss.scale
-        )
+        _, weights = layer_projection(*self._outputs(student, teacher), scale=self.loss.scale)
         return weights
+
+    def _outputs(
+        self, student: Captured, teacher: Captured
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        theirs = self.teacher(teacher)
+        if self.student is not None:
+            return self.student(student), theirs
+        logits = logits_of(student, "student").float(), logits_of(teacher, "teacher").float()
+        return [logits[0]], [*theirs, logits[1]]
 
 
 def universal(
@@ -107,38 +205,71 @@ def universal(
     teacher: ModelShape,
     *,
     projection_weight: float = 1.0,
-    pseudo_label_weight: float = 1.0,
     soft_label_weight: float = 1.0,
     label_weight: float = 0.0,
     temperature: float = 2.0,
-    pool: str = "cls",
+    label_share: float = 0.3,
+    capacity_gap: bool = False,
+    pseudo_classifiers: str = "fitted",
+    pseudo_label_weight: float = 1.0,
+    pseudo_c: float = 0.01,
+    pseudo_rows: int = 20_000,
+    pseudo_temperature: float = 1.0,
+    pool: str = "auto",
     attend: str = "states",
 ) -> Recipe:
-    """Pseudo classifiers + layer projection + soft labels, in one stage.
+    """Pseudo classifiers + layer projection + soft labels, then the labels.
 
-    How the paper trains its pseudo classifiers is not known; here the teacher's learn the labels
-    with the teacher frozen (the nearest documented practice, DIH), the student's learn only from
-    the projection.
+    Two stages, as in the paper: the distillation losses, then ordinary fine-tuning on labels, each
+    with a learning-rate schedule of its own. How long each lasts is not known.
 
     Args:
-        pool: "cls" or "mean" over valid tokens.
+        label_share: the share of the run that trains on labels alone at the end; 0 leaves it out.
+        capacity_gap: for a student much smaller than its teacher. The teacher's pseudo classifiers
+            stand in for teacher assistants: the student's own logits attend over all outputs of the
+            teacher, pseudo and real, and the student gets no pseudo classifiers.
+        pseudo_classifiers: how the teacher's are trained, which the paper's text is not known to
+            say. "fitted" (the default): on the labels, before the student, then frozen; what DIH
+            (Asadian & Salehi-Abari 2021) documents for heads on intermediate teacher layers.
+            "joint": on the labels beside the student. "free": from the projection alone, as the
+            known re-implementation has it; both sides may then meet anywhere. The student's learn
+            from the projection in every case.
+        pseudo_label_weight: of the labels in "joint".
+        pseudo_c, pseudo_rows: inverse penalty and number of sentences in "fitted".
+        pseudo_temperature: of the projection's KL.
+        pool: the state that pseudo classifiers read: "cls", "mean" over valid tokens, or "auto",
+            what the model's own head reads.
         attend: "states" mixes the teacher's logits (the better one in the paper's ablation),
             "losses" mixes per-layer losses.
-        temperature: of the soft labels; pseudo logits are compared at temperature 1.
+        temperature: of the soft labels.
     """
-    if student.classes is None or student.classes != teacher.classes:
+    if student.classes is None or student.classes != teacher.classes or student.token_logits:
+        kind = " a token" if student.token_logits else ""
         raise InputError(
-            "recipe 'universal' compares class logits and needs equal numbers of classes, were "
-            f"{student.classes} in the student and {teacher.classes} in the teacher"
+            "recipe 'universal' compares the class logits of sequences and needs equal numbers of "
+            f"classes, were {student.classes}{kind} in the student and {teacher.classes} in the "
+            "teacher"
         )
-    if projection_weight > 0 and not pseudo_label_weight > 0:
-        raise InputError(
-            "pseudo_label_weight must be positive when projection_weight is: untrained pseudo "
-            "classifiers would teach noise"
+    if not 0 <= label_share < 1:
+        raise ValueError(f"label_share must be at least 0 and below 1, was {label_share}")
+    choose("pseudo_classifiers", pseudo_classifiers, TRAINING)
+    if pseudo_c <= 0 or pseudo_rows < 1:
+        raise ValueError(
+            f"pseudo_c and pseudo_rows must be above 0, were {pseudo_c} and {pseudo_rows}"
         )
-    choose("pool", pool, ("cls", "mean"))
-    of_student = PseudoClassifiers(student, student.classes, pool)
-    of_teacher = PseudoClassifiers(teacher, teacher.classes, pool)
+    pools = [pool_of(shape, pool) for shape in (student, teacher)]
+    of_student = None if capacity_gap else PseudoClassifiers(student, student.classes, pools[0])
+    if pseudo_classifiers == "fitted":
+        of_teacher: PseudoClassifiers = FittedClassifiers(
+            teacher,
+            student.classes,
+            pools[1],
+            regression=student.regression,
+            c=pseudo_c,
+            rows=pseudo_rows,
+        )
+    else:
+        of_teacher = PseudoClassifiers(teacher, student.classes, pools[1])
     terms = output_terms(
         student,
         teacher,
@@ -149,11 +280,29 @@ def universal(
     terms["projection"] = PseudoProjectionTerm(
         projection_weight,
         # One logit has a constant softmax: regression compares values.
-        LayerProjectionLoss(objective="mse" if student.regression else "kl", attend=attend),
+        LayerProjectionLoss(
+            objective="mse" if student.regression else "kl",
+            attend=attend,
+            temperature=pseudo_temperature,
+        ),
         of_student,
         of_teacher,
+        learns_from_student=pseudo_classifiers == "free",
     )
-    terms["pseudo_labels"] = PseudoLabelTerm(
-        pseudo_label_weight, of_teacher, regression=student.regression
-    )
-    return Recipe("universal", terms)
+    if pseudo_classifiers == "joint" and terms["projection"].weight.maximum > 0:
+        terms["pseudo_labels"] = PseudoLabelTerm(
+            pseudo_label_weight, of_teacher, regression=student.regression
+        )
+        if not terms["pseudo_labels"].weight.maximum > 0:
+            raise InputError(
+                "pseudo_label_weight must be positive with pseudo_classifiers='joint': untrained "
+                "pseudo classifiers would teach noise"
+            )
+    stages = []
+    if label_share > 0:
+        stages = [
+            Stage("distillation", tuple(terms)),
+            Stage("labels", ("classification",), share=label_share, restart=True),
+        ]
+        terms["classification"] = LabelTerm(1.0, regression=student.regression)
+    return Recipe("universal", terms, stages=stages)

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 SCRIPT = """
-    import sys
+    import json, os, sys
     import datasets, torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from kdfast import DistillationArguments, DistillationTrainer
     from kdfast.distill.data import DistillationCollator, tokenize
     from kdfast.distill.models import cut_student
 
-    model, output, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    model, output, batch, recipe, options = sys.argv[1:]
     torch.set_num_threads(1)
     teacher = AutoModelForSequenceClassification.from_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -32,8 +32,9 @@ SCRIPT = """
         model=student,
         teacher=teacher,
         args=DistillationArguments(
-            output_dir=output, recipe="universal", max_steps=3, use_cpu=True, report_to="none",
-            per_device_train_batch_size=batch, learning_rate=1e-2, optim="sgd",
+            output_dir=output, recipe=recipe, recipe_options=json.loads(options), max_steps=3,
+            use_cpu=True, report_to="none", per_device_train_batch_size=int(batch),
+            learning_rate=1e-2, optim="sgd", weight_decay=0.1,
             save_strategy="no", logging_steps=1, disable_tqdm=True,
         ),
         train_dataset=tokenize(rows, tokenizer, 32),
@@ -41,6 +42,7 @@ SCRIPT = """
         processing_class=tokenizer,
     )
     trainer.train()
+    assert not isinstance(trainer.teacher, torch.nn.parallel.DistributedDataParallel)
     trainer.save_model(output)
     # Together, in order: a process that leaves first tears the other's connection down.
     trainer.accelerator.wait_for_everyone()
@@ -49,20 +51,34 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains_on_the_joined_batch(tiny_bert, tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        # Means over tokens, stages of which the first reach no head, weight decay meanwhile.
+        ("internal", '{"schedule": "stacked", "cosine_rows": "tokens"}'),
+        # Losses that couple samples, a memory, parameters of the recipe's own.
+        (
+            "custom",
+            '{"losses": [{"loss": "local"}, {"loss": "global", "clusters": 4, "weight": 0.1},'
+            ' {"loss": "rkd_angle"}, {"loss": "hidden_cka"}, {"loss": "pseudo_projection"}]}',
+        ),
+    ],
+)
+def test_two_processes_train_what_one_trains_on_the_joined_batch(
+    recipe, options, tiny_bert, tmp_path
+):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))
     port = 29500 + os.getpid() % 1000
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     for folder, arguments, batch in (("one", [], 8), ("two", launch, 4)):
+        command = [sys.executable, *arguments, script, tiny_bert, tmp_path / folder, str(batch)]
         result = subprocess.run(
-            [sys.executable, *arguments, script, tiny_bert, tmp_path / folder, str(batch)],
-            capture_output=True,
-            text=True,
-            timeout=300,
+            [*command, recipe, options], capture_output=True, text=True, timeout=300
         )
         assert result.returncode == 0, result.stderr[-6000:]
-    for name in ("model.safetensors", "kdfast_state.safetensors"):
+    names = ["model.safetensors", "kdfast_state.safetensors"]
+    for name in names:
         one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)

@@ -13,6 +13,7 @@ from kdfast import DistillationArguments, DistillationTrainer, InputError
 from kdfast.distill.data import DistillationCollator, tokenize
 from kdfast.distill.models import cut_student
 from kdfast.distill.trainer import STATE_FILE, last_whole_checkpoint
+from kdfast.recipes import RECIPES
 
 
 @pytest.fixture
@@ -55,7 +56,12 @@ def arguments(tmp_path, **changes):
     return DistillationArguments(**values)
 
 
+# Memories of as many centroids as 48 sentences allow.
+OPTIONS = {"fsd": {"clusters": 8}}
+
+
 def trainer_for(tmp_path, teacher, tokenizer, train, student=None, **changes):
+    changes.setdefault("recipe_options", OPTIONS.get(changes.get("recipe")))
     return DistillationTrainer(
         model=student_of(teacher) if student is None else student,
         teacher=teacher,
@@ -74,7 +80,7 @@ def test_trainer_is_reached_from_the_package():
     assert kdfast.DistillationTrainer is DistillationTrainer
 
 
-@pytest.mark.parametrize("recipe", ["labels", "soft_labels", "internal", "fsd", "universal"])
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"custom"}))
 def test_training_moves_the_student_and_leaves_the_teacher(
     recipe, tmp_path, teacher, tokenizer, train
 ):
@@ -132,26 +138,46 @@ def first_gradient(trainer):
     return seen
 
 
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("internal", {"cosine_rows": "tokens"}),
+        ("fsd", {"local_weight": 0.0, "clusters": 8}),
+        ("universal", {"label_weight": 1.0, "label_share": 0.0}),
+    ],
+)
 def test_accumulated_small_batches_give_the_gradient_of_the_large_batch(
-    tmp_path, teacher, tokenizer, train
+    recipe, options, tmp_path, teacher, tokenizer, train
 ):
-    # Rows of one length, so that means over tokens weigh batches as means over rows do.
-    same = train.filter(lambda row: len(row["input_ids"]) == 8, load_from_cache_file=False)
-    same = datasets.concatenate_datasets([same] * 8).select(range(16))
+    """Of sentences of any length, with a last batch that is not full: 14 rows by 4."""
+    rows = train.select(range(14))
     gradients = []
-    for batch, steps in ((16, 1), (4, 4)):
+    for batch, steps in ((14, 1), (4, 4)):
         student = student_of(teacher)
         for module in student.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         trainer = trainer_for(
-            *(tmp_path, teacher, tokenizer, same, student),
+            *(tmp_path, teacher, tokenizer, rows, student),
+            recipe=recipe,
+            recipe_options=options,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=steps,
+            prepared_dir=str(tmp_path / "prepared"),
         )
+        trainer.skip_preparation()
+        torch.manual_seed(3)
+        for part in trainer.recipe.fitted.values():
+            part.stand_in()
         gradients.append(first_gradient(trainer))
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_terms_that_couple_samples_are_named_and_not_weighed(tmp_path, teacher, tokenizer, train):
+    trainer = trainer_for(tmp_path, teacher, tokenizer, train, recipe="fsd")
+    assert [n for n, t in trainer.recipe.terms.items() if t.couples_samples] == ["local"]
+    assert "local: couples the samples" in trainer.recipe.table()
 
 
 def test_the_saved_student_is_plain_transformers(tmp_path, teacher, tokenizer, train):
@@ -403,7 +429,8 @@ def test_two_trainers_may_share_a_teacher(tmp_path, teacher, tokenizer, train):
 def test_the_recipe_is_announced_once_training_begins(tmp_path, teacher, tokenizer, train, capsys):
     trainer_for(tmp_path, teacher, tokenizer, train).train()
     out = capsys.readouterr().out
-    assert "attention maps by KL, student ← teacher layers 1 ← 2, 2 ← 4" in out
+    assert "attention maps by KL" in out
+    assert "student layer  1  2" in out and "teacher layer  2  4" in out
     assert "attention dropout set to 0 in 2 layers" in out
 
 

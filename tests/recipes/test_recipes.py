@@ -6,37 +6,31 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdfast.captured import Captured, LayerAttention, ModelShape
+from kdfast.captured import ModelShape
 from kdfast.errors import InputError
 from kdfast.losses import AttentionKLLoss, CKALoss, CosineLoss, SoftLabelLoss
 from kdfast.recipes import RECIPES, build_recipe
 from kdfast.recipes.layer_map import layer_map
+from kdfast.recipes.schedule import Moment
 
-STUDENT = ModelShape(layers=2, width=8, heads=2, classes=3)
-TEACHER = ModelShape(layers=6, width=8, heads=2, classes=3)
-B, N = 4, 5
+STUDENT = ModelShape(layers=2, width=8, heads=2, classes=3, max_length=5)
+TEACHER = ModelShape(layers=6, width=8, heads=2, classes=3, max_length=5)
+# What a recipe cannot do without.
+OPTIONS = {"custom": {"losses": [{"loss": "cosine"}, {"loss": "soft_labels", "weight": 0.5}]}}
 
 
 def shape(layers):
     return ModelShape(layers=layers, width=8, heads=2, classes=3)
 
 
-def captured(shape, *, grad=False):
-    def tensor(*size):
-        return torch.randn(*size, requires_grad=grad)
-
-    head = (B, shape.heads, N, shape.width // shape.heads)
-    mask = torch.ones(B, N, dtype=torch.long)
-    mask[0, 3:] = 0
-    return Captured(
-        logits=tensor(B, shape.classes),
-        hidden_states=tuple(tensor(B, N, shape.width) for _ in range(shape.layers + 1)),
-        attention=tuple(
-            LayerAttention(tensor(*head), tensor(*head), tensor(*head), scale=0.5)
-            for _ in range(shape.layers)
-        ),
-        attention_mask=mask,
-    )
+def fit(recipe, captured, labels=None):
+    """What the trainer does before the first step."""
+    torch.manual_seed(0)
+    batches = [(captured(TEACHER, rows=16), torch.arange(16) % 3) for _ in range(8)]
+    with torch.no_grad():
+        for part in recipe.fitted.values():
+            part.fit(lambda: batches)
+    return recipe
 
 
 LABELS = torch.tensor([0, 2, 1, 1])
@@ -84,26 +78,37 @@ def test_a_student_deeper_than_its_teacher_cannot_take_its_last_or_first_layers(
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_gives_finite_losses_and_gradients_to_the_student_only(name):
-    recipe = build_recipe(name, STUDENT, TEACHER)
-    student, teacher = captured(STUDENT, grad=True), captured(TEACHER)
-    losses = recipe(student, teacher, LABELS)
-    assert set(losses) == set(recipe.terms)
-    total = recipe.total(losses)
-    expected = sum(recipe.terms[k].weight * v for k, v in losses.items())
-    torch.testing.assert_close(total, expected)
-    total.backward()
-    assert student.logits.grad.abs().sum() > 0
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in recipe.parameters())
+def test_every_recipe_gives_finite_losses_and_gradients_to_the_student_only(captured, name):
+    recipe = build_recipe(name, STUDENT, TEACHER, **OPTIONS.get(name, {}))
+    fit(recipe, captured)
+    seen = {}
+    for number, stage in enumerate(recipe.stages):
+        student, teacher = captured(STUDENT, grad=True), captured(TEACHER)
+        at = Moment(stage=number, progress=0.5, stage_progress=0.5)
+        losses = recipe(student, teacher, LABELS, at)
+        assert set(losses) == set(stage.terms)
+        seen |= losses
+        total = recipe.total(losses, at)
+        expected = sum(recipe.terms[k].weight(0.5) * v for k, v in losses.items())
+        torch.testing.assert_close(total, expected)
+        total.backward()
+        own = [x.grad for x in (student.logits, *student.hidden_states) if x.grad is not None]
+        own += [a.query.grad for a in student.attention if a.query.grad is not None]
+        assert own and all(g.isfinite().all() for g in own)
+    assert set(seen) == set(recipe.terms)
+    learned = [p for p in recipe.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learned)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_table_names_every_term(name):
-    recipe = build_recipe(name, STUDENT, TEACHER)
+def test_the_table_names_every_term_and_stage(name):
+    recipe = build_recipe(name, STUDENT, TEACHER, **OPTIONS.get(name, {}))
+    if len(recipe.stages) > 1:
+        assert all(stage.name in recipe.table([1] * len(recipe.stages)) for stage in recipe.stages)
     assert all(term in recipe.table() for term in recipe.terms)
 
 
-def test_internal_is_attention_kl_and_cls_cosine_on_mapped_layers_and_soft_labels():
+def test_internal_is_attention_kl_and_cls_cosine_on_mapped_layers_and_soft_labels(captured):
     student, teacher = captured(STUDENT), captured(TEACHER)
     losses = build_recipe("internal", STUDENT, TEACHER)(student, teacher, None)
     pairs = [(1, 3), (2, 6)]
@@ -130,7 +135,7 @@ def test_internal_is_attention_kl_and_cls_cosine_on_mapped_layers_and_soft_label
     )
 
 
-def test_attention_layers_with_different_windows_are_summed_over_all_layers():
+def test_attention_layers_with_different_windows_are_summed_over_all_layers(captured):
     student, teacher = captured(STUDENT), captured(TEACHER)
     local = dataclasses.replace(student.attention[1], window=1)
     student = dataclasses.replace(student, attention=(student.attention[0], local))
@@ -152,7 +157,7 @@ def test_attention_layers_with_different_windows_are_summed_over_all_layers():
     torch.testing.assert_close(losses["attention_kl"], one(1, 3, None) + one(2, 6, 1))
 
 
-def test_mapped_layers_that_attend_to_different_tokens_are_an_error():
+def test_mapped_layers_that_attend_to_different_tokens_are_an_error(captured):
     student, teacher = captured(STUDENT), captured(TEACHER)
     local = dataclasses.replace(student.attention[1], window=1)
     student = dataclasses.replace(student, attention=(student.attention[0], local))
@@ -167,33 +172,35 @@ def test_differing_head_counts_are_an_error_that_names_both_ways_out():
 
 
 @pytest.mark.parametrize("options", [{"relation_heads": 4}, {"match_heads": "mean"}])
-def test_differing_head_counts_meet_with_either_option(options):
+def test_differing_head_counts_meet_with_either_option(captured, options):
     student = ModelShape(layers=2, width=8, heads=4, classes=3)
     recipe = build_recipe("internal", student, TEACHER, **options)
     losses = recipe(captured(student), captured(TEACHER), None)
     assert losses["attention_kl"].isfinite() and losses["attention_kl"] > 0
 
 
-def test_a_narrower_student_gets_a_learned_projection_for_its_cosine():
+def test_a_narrower_student_gets_a_learned_projection_for_its_cosine(captured):
     student = ModelShape(layers=2, width=4, heads=2, classes=3)
     recipe = build_recipe("internal", student, TEACHER)
     assert [tuple(p.shape) for p in recipe.parameters()] == [(8, 4), (8, 4)]
     assert recipe(captured(student), captured(TEACHER), None)["cosine"].isfinite()
 
 
-def test_fsd_compares_the_penultimate_layers():
+def test_fsd_compares_the_penultimate_layers(captured):
     student, teacher = captured(STUDENT), captured(TEACHER)
-    losses = build_recipe("fsd", STUDENT, TEACHER)(student, teacher, None)
+    recipe = build_recipe("fsd", STUDENT, TEACHER, global_weight=0.0)
+    losses = recipe(student, teacher, None)
     h_s, h_t, mask = student.hidden_states[1], teacher.hidden_states[5], student.attention_mask
     torch.testing.assert_close(losses["intra"], CKALoss("tokens")(h_s, h_t, mask))
     torch.testing.assert_close(losses["local"], CKALoss("samples")(h_s, h_t, mask))
 
 
-def test_universal_teaches_the_projected_pseudo_logits_and_trains_the_teachers_on_labels():
-    recipe = build_recipe("universal", STUDENT, TEACHER)
+def test_universal_teaches_the_projected_pseudo_logits(captured):
+    recipe = fit(build_recipe("universal", STUDENT, TEACHER), captured)
     student, teacher = captured(STUDENT), captured(TEACHER)
     losses = recipe(student, teacher, LABELS)
-    own, theirs = recipe.terms["projection"].student, recipe.terms["pseudo_labels"].classifiers
+    assert set(losses) == {"soft_labels", "projection"}
+    own, theirs = recipe.terms["projection"].student, recipe.terms["projection"].teacher
     z_s = own.classifiers[0](student.hidden_states[1][:, 0])
     z_t = torch.stack(
         [c(teacher.hidden_states[j + 1][:, 0]) for j, c in enumerate(theirs.classifiers)], 1
@@ -204,14 +211,227 @@ def test_universal_teaches_the_projected_pseudo_logits_and_trains_the_teachers_o
         z_s.log_softmax(-1), mixture.log_softmax(-1), log_target=True, reduction="batchmean"
     )
     torch.testing.assert_close(losses["projection"], expected)
-    labels = torch.stack([F.cross_entropy(z_t[:, j], LABELS) for j in range(5)]).mean()
-    torch.testing.assert_close(losses["pseudo_labels"], labels)
+    torch.testing.assert_close(
+        recipe.terms["projection"].projection_weights(student, teacher), weights.mT
+    )
 
 
-def test_universal_projection_leaves_the_teachers_classifiers_alone():
+def test_fitted_pseudo_classifiers_are_logistic_regressions_of_the_labels(captured):
+    """Against scikit-learn on the states themselves, and frozen afterwards."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    torch.manual_seed(0)
+    recipe = build_recipe("universal", STUDENT, TEACHER, pseudo_c=0.1)
+    batches = [(captured(TEACHER, rows=32), torch.randint(3, (32,))) for _ in range(3)]
+    part = recipe.fitted["terms.projection.teacher"]
+    with torch.no_grad():
+        part.fit(lambda: batches)
+    x = torch.cat([c.hidden_states[2][:, 0] for c, _ in batches]).numpy()
+    y = torch.cat([labels for _, labels in batches]).numpy()
+    scaler = StandardScaler().fit(x)
+    expected = LogisticRegression(C=0.1, max_iter=1000).fit(scaler.transform(x), y)
+    found = part.classifiers[1](torch.from_numpy(x)).softmax(-1)
+    torch.testing.assert_close(
+        found,
+        torch.from_numpy(expected.predict_proba(scaler.transform(x))).float(),
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    assert not any(p.requires_grad for p in part.parameters())
+
+
+@pytest.mark.parametrize("seen", [[0, 2], [1]])
+def test_pseudo_classifiers_of_classes_that_no_sentence_has_are_never_chosen(captured, seen):
     recipe = build_recipe("universal", STUDENT, TEACHER)
-    recipe(captured(STUDENT), captured(TEACHER), LABELS)["projection"].backward()
-    assert all(p.grad is None for p in recipe.terms["pseudo_labels"].parameters())
+    part = recipe.fitted["terms.projection.teacher"]
+    teacher = captured(TEACHER, rows=12)
+    labels = torch.tensor(seen)[torch.arange(12) % len(seen)]
+    with torch.no_grad():
+        part.fit(lambda: [(teacher, labels)])
+    for logits in part(teacher):
+        assert set(logits.argmax(-1).tolist()) <= set(seen)
+
+
+def test_joint_pseudo_classifiers_learn_the_labels_and_not_to_meet_the_student(captured):
+    recipe = build_recipe("universal", STUDENT, TEACHER, pseudo_classifiers="joint")
+    assert not recipe.fitted
+    student, teacher = captured(STUDENT), captured(TEACHER)
+    losses = recipe(student, teacher, LABELS)
+    theirs = recipe.terms["projection"].teacher
+    labels = torch.stack([F.cross_entropy(z, LABELS) for z in theirs(teacher)]).mean()
+    torch.testing.assert_close(losses["pseudo_labels"], labels)
+    losses["projection"].backward()
+    assert all(p.grad is None for p in theirs.parameters())
+
+
+def test_free_pseudo_classifiers_of_both_sides_learn_from_the_projection(captured):
+    recipe = build_recipe("universal", STUDENT, TEACHER, pseudo_classifiers="free")
+    losses = recipe(captured(STUDENT), captured(TEACHER), LABELS)
+    losses["projection"].backward()
+    assert all(p.grad is not None for p in recipe.terms["projection"].teacher.parameters())
+
+
+def test_the_capacity_gap_is_bridged_by_all_outputs_of_the_teacher(captured):
+    recipe = fit(build_recipe("universal", STUDENT, TEACHER, capacity_gap=True), captured)
+    student, teacher = captured(STUDENT), captured(TEACHER)
+    term = recipe.terms["projection"]
+    assert term.student is None and not [p for p in recipe.parameters() if p.requires_grad]
+    z_t = torch.stack([*term.teacher(teacher), teacher.logits], 1)
+    weights = (z_t @ student.logits[..., None]).softmax(1)
+    mixture = (weights * z_t).sum(1)
+    expected = F.kl_div(
+        student.logits.log_softmax(-1),
+        mixture.log_softmax(-1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    torch.testing.assert_close(recipe(student, teacher, LABELS)["projection"], expected)
+
+
+def test_universal_trains_on_labels_alone_in_its_second_stage(captured):
+    recipe = build_recipe("universal", STUDENT, TEACHER, label_share=0.25)
+    first, second = recipe.stages
+    assert (second.terms, second.share, second.restart) == (("classification",), 0.25, True)
+    assert not recipe.needs_teacher_at(1) and not recipe.needs_at(1).hidden_states
+    student = captured(STUDENT)
+    losses = recipe(student, None, LABELS, Moment(stage=1))
+    torch.testing.assert_close(losses["classification"], F.cross_entropy(student.logits, LABELS))
+    assert len(build_recipe("universal", STUDENT, TEACHER, label_share=0.0).stages) == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("progressive", [(1,), (2,)]), ("stacked", [(1,), (1, 2)])]
+)
+def test_internal_schedules_go_from_the_bottom_to_the_top_and_end_with_the_outputs(
+    captured, schedule, expected
+):
+    recipe = build_recipe("internal", STUDENT, TEACHER, schedule=schedule, cosine_threshold=0.1)
+    *layers, last = recipe.stages
+    assert [stage.layers for stage in layers] == expected
+    assert all(stage.terms == ("attention_kl", "cosine") for stage in layers)
+    assert all(stage.until.term == "cosine" and stage.until.below == 0.1 for stage in layers)
+    assert last.terms == ("soft_labels",)
+    student, teacher = captured(STUDENT), captured(TEACHER)
+    pairs = {1: 3, 2: 6}
+    for number, stage in enumerate(layers):
+        losses = recipe(student, teacher, None, Moment(stage=number))
+        cosine = sum(
+            CosineLoss()(student.hidden_states[i], teacher.hidden_states[pairs[i]])
+            for i in stage.layers
+        )
+        torch.testing.assert_close(losses["cosine"], cosine)
+        alone = sum(
+            build_recipe("internal", STUDENT, TEACHER, layer_map=[[i, pairs[i]]])(
+                student, teacher, None
+            )["attention_kl"]
+            for i in stage.layers
+        )
+        torch.testing.assert_close(losses["attention_kl"], alone)
+
+
+def test_a_narrower_student_uses_the_projection_of_the_layer_in_training(captured):
+    student = ModelShape(layers=2, width=4, heads=2, classes=3)
+    recipe = build_recipe("internal", student, TEACHER, schedule="progressive")
+    losses = recipe(captured(student), captured(TEACHER), None, Moment(stage=1))
+    losses["cosine"].backward()
+    first, second = recipe.parameters()
+    assert first.grad is None and second.grad is not None
+
+
+def test_fsd_global_is_the_memory_loss_of_the_penultimate_layer(captured):
+    recipe = fit(build_recipe("fsd", STUDENT, TEACHER, clusters=5, memory_balance=0.25), captured)
+    student, teacher = captured(STUDENT), captured(TEACHER)
+    loss = recipe.terms["global"].memories[0].loss
+    found = recipe(student, teacher, None)["global"]
+    parts = loss.parts(student.hidden_states[1], teacher.hidden_states[5], student.attention_mask)
+    torch.testing.assert_close(
+        found, 0.25 * parts["euclidean"] + 0.75 * parts["cosine"] + parts["memory"]
+    )
+    assert loss.teacher_memory.shape == (5, 5 * 8) and not loss.teacher_memory.requires_grad
+    assert "5 × 5 × 8" in recipe.table()
+
+
+def test_a_memory_is_fitted_to_the_samples_and_read_back(captured):
+    """Sentences of two kinds: two centroids, each the mean of its kind."""
+    recipe, again = (build_recipe("fsd", STUDENT, TEACHER, clusters=2) for _ in range(2))
+    (part,), (other,) = recipe.fitted.values(), again.fitted.values()
+    one = captured(TEACHER, rows=8)
+    states = list(one.hidden_states)
+    states[5] = 0.01 * torch.randn(8, 5, 8) + 10.0 * (torch.arange(8) % 2)[:, None, None]
+    one = dataclasses.replace(one, hidden_states=tuple(states), attention_mask=None)
+    with torch.no_grad():
+        part.fit(lambda: [(one, None)])
+    means = part.loss.teacher_memory.mean(1).sort().values
+    torch.testing.assert_close(means, torch.tensor([0.0, 10.0]), atol=0.1, rtol=0)
+    before = other.loss.student_memory.clone()
+    other.load_fitted(part.fitted_state())
+    assert torch.equal(other.loss.teacher_memory, part.loss.teacher_memory)
+    assert torch.equal(other.loss.student_memory, before)
+
+
+def test_a_memory_too_large_for_this_machine_is_refused_with_its_size():
+    student = dataclasses.replace(STUDENT, width=768, max_length=512)
+    with pytest.raises(InputError, match="GB"):
+        build_recipe("fsd", student, TEACHER, clusters=10_000_000)
+    with pytest.raises(InputError, match="max_length"):
+        build_recipe("fsd", dataclasses.replace(STUDENT, max_length=None), TEACHER)
+
+
+def test_alp_projects_all_teacher_layers_on_each_student_layer(captured):
+    student, teacher = captured(STUDENT), captured(TEACHER)
+    recipe = build_recipe("alp", STUDENT, TEACHER, scale="width")
+    h, g = (
+        torch.stack([x[:, 0] for x in side.hidden_states[1:]], 1) for side in (student, teacher)
+    )
+    weights = (h @ g.mT * 8**-0.5).softmax(-1)
+    expected = (weights @ g - h).square().mean((0, 2)).sum()
+    torch.testing.assert_close(recipe(student, teacher, LABELS)["projection"], expected)
+    term = recipe.terms["projection"]
+    torch.testing.assert_close(term.projection_weights(student, teacher), weights)
+    tokens = build_recipe("alp", STUDENT, TEACHER, rows="tokens").terms["projection"]
+    assert tokens.projection_weights(student, teacher).shape == (4, 2, 6)
+
+
+def test_embedders_without_heads_learn_pooled_states_and_internals(captured):
+    student, teacher = (dataclasses.replace(s, classes=None) for s in (STUDENT, TEACHER))
+    s, t = captured(student), captured(teacher)
+    losses = build_recipe("embedding", student, teacher)(s, t, None)
+    mask = s.attention_mask[..., None]
+    means = [(x.hidden_states[-1] * mask).sum(1) / mask.sum(1) for x in (s, t)]
+    torch.testing.assert_close(losses["pooled"], (1 - F.cosine_similarity(*means)).mean())
+    assert set(losses) == {"pooled", "attention_kl", "cosine"}
+    with pytest.raises(InputError, match="soft_label_weight"):
+        build_recipe("internal", student, teacher)
+    assert "cosine" in build_recipe("internal", student, teacher, soft_label_weight=0.0).terms
+
+
+def test_token_classifiers_learn_the_distribution_of_every_valid_token(captured):
+    student, teacher = (dataclasses.replace(s, token_logits=True) for s in (STUDENT, TEACHER))
+    s, t = captured(student), captured(teacher)
+    recipe = build_recipe("soft_labels", student, teacher, label_weight=1.0, temperature=1.0)
+    labels = torch.full((4, 5), -100)
+    labels[:, 1] = torch.arange(4) % 3
+    losses = recipe(s, t, labels)
+    keep = s.attention_mask.bool()
+    expected = F.kl_div(
+        s.logits.log_softmax(-1)[keep],
+        t.logits.log_softmax(-1)[keep],
+        log_target=True,
+        reduction="batchmean",
+    )
+    torch.testing.assert_close(losses["soft_labels"], expected)
+    torch.testing.assert_close(losses["labels"], F.cross_entropy(s.logits[:, 1], labels[:, 1]))
+    assert recipe.token_aligned == ["soft_labels"]
+    with pytest.raises(InputError, match="of sequences"):
+        build_recipe("universal", student, teacher)
+
+
+def test_attention_losses_on_a_model_without_attention_are_refused():
+    student = ModelShape(layers=2, width=8, heads=0, classes=3)
+    with pytest.raises(InputError, match="student has no attention"):
+        build_recipe("internal", student, TEACHER)
+    assert "cosine" in build_recipe("internal", student, TEACHER, attention_weight=0.0).terms
 
 
 def test_terms_of_weight_zero_are_neither_computed_nor_captured_for():
@@ -230,7 +450,17 @@ def test_terms_of_weight_zero_are_neither_computed_nor_captured_for():
         ("soft_labels", {"soft_label_weight": 0.0}, "every weight"),
         ("soft_labels", {"temperature": 0.0}, "temperature must be positive"),
         ("internal", {"attention_weight": "high"}, "recipe 'internal'"),
-        ("universal", {"pseudo_label_weight": 0.0}, "pseudo_label_weight"),
+        (
+            "universal",
+            {"pseudo_classifiers": "joint", "pseudo_label_weight": 0.0},
+            "pseudo_label_weight",
+        ),
+        ("universal", {"pseudo_classifiers": "fited"}, "one of fitted, joint, free"),
+        ("universal", {"label_share": 1.0}, "label_share"),
+        ("internal", {"schedule": "stackd"}, "simultaneous, progressive, stacked"),
+        ("internal", {"cosine_threshold": 0.1}, "schedule"),
+        ("internal", {"attention_weight": [[0.5, 1], [0.1, 2]]}, "rise in progress"),
+        ("alp", {"scale": "wide"}, "width"),
         ("fsd", {"estimator": "unbiased"}, "one_minus"),
     ],
 )
@@ -245,11 +475,17 @@ def test_soft_labels_need_equal_numbers_of_classes():
         build_recipe("soft_labels", STUDENT, teacher)
 
 
-def test_regression_compares_values():
-    student = ModelShape(layers=2, width=8, heads=2, classes=1, regression=True)
-    teacher = ModelShape(layers=6, width=8, heads=2, classes=1, regression=True)
+def test_regression_compares_values(captured):
+    student, teacher = (
+        dataclasses.replace(shape, classes=1, regression=True) for shape in (STUDENT, TEACHER)
+    )
     for name in RECIPES:
-        losses = build_recipe(name, student, teacher)(
-            captured(student), captured(teacher), torch.randn(B)
-        )
-        assert all(loss.isfinite() for loss in losses.values())
+        recipe = build_recipe(name, student, teacher, **OPTIONS.get(name, {}))
+        with torch.no_grad():
+            for part in recipe.fitted.values():
+                part.fit(lambda: [(captured(teacher, rows=128), torch.randn(128))])
+        for number in range(len(recipe.stages)):
+            losses = recipe(
+                captured(student), captured(teacher), torch.randn(4), Moment(stage=number)
+            )
+            assert all(loss.isfinite() for loss in losses.values())

@@ -1,0 +1,280 @@
+"""The terms that recipes are made of: losses on logits, hidden states and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kdfast.captured import Captured, LayerAttention, ModelShape, Needs
+from kdfast.errors import InputError
+from kdfast.losses import AttentionKLLoss, AttentionScoreLoss, SoftLabelLoss
+from kdfast.losses.layers import choose
+from kdfast.recipes.layer_map import LayerMap
+from kdfast.recipes.recipe import Term
+from kdfast.recipes.schedule import Moment
+
+
+def describe_pairs(pairs: LayerMap) -> str:
+    return "student ← teacher layers " + ", ".join(f"{i} ← {j}" for i, j in pairs)
+
+
+class LabelTerm(Term):
+    """Cross-entropy on the labels (of every labelled token); mean squared error for regression."""
+
+    needs_teacher = False
+
+    def __init__(self, weight: Any, *, regression: bool, token_logits: bool = False) -> None:
+        super().__init__(weight, "student logits with labels")
+        self.regression = regression
+        self.unit = "labels" if token_logits else "samples"
+
+    def forward(
+        self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
+    ) -> torch.Tensor:
+        if labels is None:
+            raise ValueError("this recipe trains on labels and the batch has none ('labels')")
+        return label_loss(logits_of(student, "student"), labels, regression=self.regression)
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor, *, regression: bool) -> torch.Tensor:
+    """logits [..., C], labels [...]; −100 is no label. Mean over labels."""
+    logits = logits.float()
+    if regression:
+        return F.mse_loss(logits, labels.float().view_as(logits))
+    # A sum and a count, since the mean over no label at all would be NaN.
+    total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    return total / (labels != -100).sum().clamp(min=1)
+
+
+class SoftLabelTerm(Term):
+    """The teacher's output distribution, of every sequence or of every valid token."""
+
+    def __init__(
+        self, weight: Any, *, temperature: float, regression: bool, token_logits: bool = False
+    ) -> None:
+        what = "squared error" if regression else f"KL at temperature {temperature:g}"
+        super().__init__(weight, f"student logits with teacher logits, {what}")
+        self.loss = SoftLabelLoss(temperature, regression=regression)
+        self.token_aligned = token_logits
+        self.unit = "tokens" if token_logits else "samples"
+
+    def forward(
+        self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
+    ) -> torch.Tensor:
+        logits = logits_of(student, "student"), logits_of(teacher, "teacher")
+        return self.loss(*logits, student.attention_mask if self.token_aligned else None)
+
+
+class HiddenTerm(Term):
+    """A loss module on hidden states, over the mapped layer pairs at once.
+
+    loss: called as loss(hidden_s, hidden_t, attention_mask), lists with one entry a pair; one with
+    learned projections also takes `which`, the numbers of the pairs that are given.
+    """
+
+    needs = Needs(hidden_states=True)
+
+    def __init__(
+        self, weight: Any, loss: nn.Module, pairs: LayerMap, what: str, *, token_aligned: bool
+    ) -> None:
+        super().__init__(weight, what)
+        self.loss = loss
+        self.pairs = pairs
+        self.layers = tuple(i for i, _ in pairs)
+        self.token_aligned = token_aligned
+        self.unit = getattr(loss, "unit", "samples")
+        self.couples_samples = getattr(loss, "couples_samples", False)
+
+    def forward(
+        self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
+    ) -> torch.Tensor:
+        which = active_pairs(self.pairs, at)
+        return self.loss(
+            [student.hidden_states[self.pairs[k][0]] for k in which],
+            [teacher.hidden_states[self.pairs[k][1]] for k in which],
+            student.attention_mask,
+            **({"which": which} if hasattr(self.loss, "projections") else {}),
+        )
+
+
+class AttentionTerm(Term):
+    """A loss on queries and keys of the mapped layer pairs, launched together where their masks
+    agree."""
+
+    needs = Needs(attention=True)
+    token_aligned = True
+
+    def __init__(
+        self,
+        weight: Any,
+        loss: AttentionKLLoss | AttentionScoreLoss,
+        pairs: LayerMap,
+        what: str = "attention maps by KL",
+    ) -> None:
+        super().__init__(weight, what)
+        self.loss = loss
+        self.pairs = pairs
+        self.layers = tuple(i for i, _ in pairs)
+        self.unit = loss.unit
+
+    def forward(
+        self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
+    ) -> torch.Tensor:
+        # Layers with equal masks and scales share one launch: all of them in BERT, the local and
+        # the global ones apart in ModernBERT.
+        which = active_pairs(self.pairs, at)
+        regrouped = getattr(self.loss, "relation_heads", None) is not None
+        groups: dict[tuple, list[tuple[LayerAttention, LayerAttention]]] = {}
+        for s, t in same_masks(student, teacher, [self.pairs[k] for k in which]):
+            groups.setdefault((s.causal, s.window, s.scale, t.scale), []).append((s, t))
+        losses = [
+            self.loss(
+                [s.query for s, _ in group],
+                [s.key for s, _ in group],
+                [t.query for _, t in group],
+                [t.key for _, t in group],
+                student.attention_mask,
+                causal=causal,
+                window=window,
+                scale_s=None if regrouped else scale_s,
+                scale_t=None if regrouped else scale_t,
+            )
+            * (len(group) if self.loss.layers == "mean" else 1)
+            for (causal, window, scale_s, scale_t), group in groups.items()
+        ]
+        total = torch.stack(losses).sum()
+        return total / len(which) if self.loss.layers == "mean" else total
+
+
+def active_pairs(pairs: LayerMap, at: Moment) -> list[int]:
+    """The numbers of the pairs whose student layer is trained at this moment."""
+    return [k for k, (i, _) in enumerate(pairs) if at.layers is None or i in at.layers]
+
+
+def same_masks(
+    student: Captured, teacher: Captured, pairs: Sequence[tuple[int, int]]
+) -> list[tuple[LayerAttention, LayerAttention]]:
+    """The captured attention of each pair; InputError where they attend to different tokens."""
+    found = []
+    for i, j in pairs:
+        s, t = student.attention[i - 1], teacher.attention[j - 1]
+        if (s.causal, s.window) != (t.causal, t.window):
+            raise InputError(
+                f"student layer {i} (causal {s.causal}, window {s.window}) and teacher layer "
+                f"{j} (causal {t.causal}, window {t.window}) attend to different tokens: map "
+                "layers whose masks agree"
+            )
+        found.append((s, t))
+    return found
+
+
+def check_heads(
+    student: ModelShape,
+    teacher: ModelShape,
+    *,
+    relation_heads: int | None = None,
+    match_heads: str | None = None,
+    ways: Sequence[str] = ("relation_heads", "match_heads"),
+) -> None:
+    """What a loss on attention asks of the two models; InputError with the ways out.
+
+    ways: the options that the recipe has for differing numbers of heads.
+    """
+    for role, shape in (("student", student), ("teacher", teacher)):
+        if shape.heads < 1:
+            raise InputError(
+                f"the {role} has no attention, and this recipe compares attention: choose losses "
+                "on hidden states or logits (e.g. recipe universal or soft_labels)"
+            )
+        if relation_heads is not None and (
+            type(relation_heads) is not int or relation_heads < 1 or shape.width % relation_heads
+        ):
+            raise InputError(
+                f"relation_heads must divide the {role}'s width {shape.width}, was "
+                f"{relation_heads!r}"
+            )
+    if student.heads != teacher.heads and relation_heads is None and match_heads is None:
+        offers = {
+            "relation_heads": "relation_heads to a number that divides both widths "
+            f"({student.width} and {teacher.width})",
+            "match_heads": "match_heads to 'mean'",
+        }
+        raise InputError(
+            f"the student has {student.heads} attention heads and the teacher {teacher.heads}: set "
+            + ", or ".join(offers[way] for way in ways)
+        )
+
+
+def logits_of(captured: Captured, role: str) -> torch.Tensor:
+    if captured.logits is None:
+        raise InputError(f"the {role} has no classification head, and this recipe needs its logits")
+    if captured.logits.dim() not in (2, 3):
+        raise InputError(
+            f"the {role}'s logits must be [batch, classes], or [batch, tokens, classes], were "
+            f"{list(captured.logits.shape)}"
+        )
+    return captured.logits
+
+
+def output_terms(
+    student: ModelShape,
+    teacher: ModelShape,
+    *,
+    label_weight: Any,
+    soft_label_weight: Any,
+    temperature: float,
+) -> dict[str, Term]:
+    """The terms on logits that every recipe offers; checks that both heads speak of the same."""
+    terms: dict[str, Term] = {
+        "labels": LabelTerm(
+            label_weight, regression=student.regression, token_logits=student.token_logits
+        ),
+        "soft_labels": SoftLabelTerm(
+            soft_label_weight,
+            temperature=temperature,
+            regression=student.regression,
+            token_logits=student.token_logits,
+        ),
+    }
+    if terms["labels"].weight.maximum > 0 and student.classes is None:
+        raise InputError(
+            "the student has no classification head to train on labels: set label_weight to 0"
+        )
+    if terms["soft_labels"].weight.maximum > 0:
+        for role, shape in (("student", student), ("teacher", teacher)):
+            if shape.classes is None:
+                raise InputError(
+                    f"the {role} has no classification head, so there are no soft labels: set "
+                    "soft_label_weight to 0, or choose recipe 'embedding'"
+                )
+        if (student.classes, student.token_logits) != (teacher.classes, teacher.token_logits):
+            kinds = [
+                f"{shape.classes}{' a token' if shape.token_logits else ''}"
+                for shape in (student, teacher)
+            ]
+            raise InputError(
+                "soft labels need as many student classes as teacher classes, were "
+                f"{kinds[0]} and {kinds[1]}"
+            )
+    return terms
+
+
+def pooled(
+    hidden: Sequence[torch.Tensor], mask: torch.Tensor | None, pool: str
+) -> list[torch.Tensor]:
+    """[B, D] of each [B, N, D]: its [CLS] state, or the mean over valid tokens."""
+    if pool == "cls":
+        return [h[:, 0] for h in hidden]
+    if mask is None:
+        return [h.mean(1) for h in hidden]
+    weights = mask.to(hidden[0].dtype)[..., None]
+    return [(h * weights).sum(1) / weights.sum(1).clamp(min=1) for h in hidden]
+
+
+def pool_of(shape: ModelShape, pool: str) -> str:
+    """ "cls" or "mean" as asked for; "auto" is what the model's own head reads."""
+    return shape.pool if choose("pool", pool, ("auto", "cls", "mean")) == "auto" else pool
