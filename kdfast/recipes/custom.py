@@ -55,7 +55,8 @@ def custom(
         stages: each {"name", "losses": [names], "layers": [student layers], one of "steps",
             "epochs" and "share", "until": {"loss", "below", "every"}, "restart": true}; see
             kdfast.recipes.schedule.Stage. Without them: those of the one listed recipe that has
-            stages, its last for its own losses alone and the others for all; otherwise one stage.
+            stages, its last for its own losses alone and the others for all losses that have a pair
+            in the stage's layers; otherwise one stage.
         max_length: tokens of the longest input, where a loss asks for it.
 
     Weights may be points over the run, see kdfast.recipes.schedule.Weight. The terms of a recipe

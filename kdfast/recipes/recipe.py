@@ -211,7 +211,9 @@ def _stages(
                     f"stage '{stage.name}' of recipe '{recipe}' names the loss '{name}', which it "
                     f"has not{nearest(name, terms)}: it has {', '.join(terms)}"
                 )
-        active = tuple(name for name in stage.terms if name in kept and _has_pair(kept[name], stage))
+        active = tuple(
+            name for name in stage.terms if name in kept and _has_pair(kept[name], stage)
+        )
         if active:
             found.append(dataclasses.replace(stage, terms=active))
     if stages and not found:

@@ -72,11 +72,12 @@ def test_the_stages_of_one_recipe_hold_for_the_others_too(shapes):
         shapes,
         [
             {"recipe": "internal", "schedule": "progressive", "cosine_threshold": 0.2},
-            {"loss": "intra"},
+            {"loss": "intra", "layer_map": "uniform"},
+            {"loss": "local"},  # of student layer 1 alone
         ],
     )
     assert [stage.terms for stage in recipe.stages] == [
-        ("internal_attention_kl", "internal_cosine", "intra"),
+        ("internal_attention_kl", "internal_cosine", "intra", "local"),
         ("internal_attention_kl", "internal_cosine", "intra"),
         ("internal_soft_labels",),
     ]
