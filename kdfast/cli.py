@@ -1,9 +1,10 @@
-"""The command line: kdfast distill | finetune | evaluate | bench | doctor."""
+"""The command line: kdfast distill | compare | finetune | evaluate | analyze | bench | doctor."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -29,11 +30,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub = command("distill", "distil a student as a configuration says, and report what it bought")
     sub.add_argument("config", help="a YAML file, or the name of a shipped configuration")
     sub.add_argument("override", nargs="*", metavar="key=value", help=keys)
+    sub = command("compare", "train several ways over seeds, tuned on the dev part, and test them")
+    sub.add_argument("config", help="a YAML file, or the name of a shipped configuration")
+    sub.add_argument("override", nargs="*", metavar="key=value", help=keys)
     sub = command("finetune", "fine-tune a classifier, such as a teacher")
     sub.add_argument("config", help="a YAML file, or the name of a shipped configuration")
     sub.add_argument("override", nargs="*", metavar="key=value", help=keys)
     sub = command("evaluate", "score a saved classifier, alone or against its teacher")
     sub.add_argument("model", help="a folder that save_pretrained wrote, or a hub name")
+    sub.add_argument("override", nargs="*", metavar="key=value", help=keys)
+    sub = command("analyze", "how alike the layers of two models are, by CKA")
+    sub.add_argument("model_a", help="a folder that save_pretrained wrote, or a hub name")
+    sub.add_argument("model_b", help="the other one, such as the teacher")
+    sub.add_argument("--data", metavar="PATH", help="sentences: data.path=PATH (default: a demo)")
+    sub.add_argument("--output", metavar="DIR", help="where to write: output_dir=DIR")
+    sub.add_argument("--recipe", metavar="NAME", help="show its layer-projection weights as well")
     sub.add_argument("override", nargs="*", metavar="key=value", help=keys)
     sub = command(
         "bench", "measure operators side by side with eager, torch.compile and stock ones"
@@ -63,7 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--check", action="store_true", help="run every available backend and compare")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no positionals after an option that follows the first ones: kdfast analyze A B
+    # --data PATH key=value.
+    if not hasattr(options, "override") or not all("=" in r and r[0] != "-" for r in rest):
+        options = parser.parse_args(arguments)
+    else:
+        options.override += rest
     if options.version:
         from importlib.metadata import version
 
@@ -80,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if options.debug:
             raise
-        goes_on = options.command in ("distill", "finetune")
+        goes_on = options.command in ("distill", "compare", "finetune")
         how = "; the same command goes on from the last checkpoint" if goes_on else ""
         print(f"\nkdfast: interrupted{how}", file=sys.stderr)
         return 2
@@ -123,6 +140,27 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "distill":
         run.distill(
             configuration.read_config(configuration.DistillConfig, options.config, options.override)
+        )
+    elif options.command == "compare":
+        from kdfast.distill import compare
+
+        compare.compare(
+            configuration.read_config(
+                configuration.CompareConfig, options.config, options.override
+            ),
+            command=shlex.join(["kdfast", "compare", options.config, *options.override]),
+        )
+    elif options.command == "analyze":
+        from kdfast.distill import analyze
+
+        flags = (("data.path", "data"), ("output_dir", "output"), ("recipe", "recipe"))
+        given = [f"{key}={getattr(options, name)}" for key, name in flags if getattr(options, name)]
+        analyze.analyze(
+            options.model_a,
+            options.model_b,
+            configuration.read_config(
+                configuration.AnalyzeConfig, None, [*given, *options.override]
+            ),
         )
     elif options.command == "finetune":
         run.finetune(

@@ -1,10 +1,8 @@
-"""The run's table and plots, made from its results alone."""
+"""Tables and plots of a run, made from its results alone."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,39 +15,67 @@ matplotlib.use("Agg")  # no display is needed, and none may be there
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator, NullFormatter
-from safetensors.torch import load_file
+
+from kdfast.distill.run_directory import write_text
+from kdfast.distill.significance import LEVEL, differences
 
 # Column, how it is shown, and whether it is a share (shown in percent).
 COLUMNS = {
+    "matthews": ("Matthews", False),
+    "f1": ("F1 %", True),
     "accuracy": ("accuracy %", True),
     "pearson": ("Pearson", False),
     "spearman": ("Spearman", False),
     "agreement": ("agreement with teacher %", True),
     "kl_to_teacher": ("KL to teacher", False),
     "mse_to_teacher": ("squared difference to teacher", False),
+    "cosine_to_teacher": ("cosine to teacher", False),
     "cka_to_teacher": ("CKA to teacher", False),
 }
-# No value of one sentence: their standard error counts seeds alone.
-OVER_ALL_SENTENCES = ("pearson", "spearman", "cka_to_teacher")
-PER_SENTENCE = ("accuracy", "agreement", "kl_to_teacher", "mse_to_teacher")
+
+
+def columns_of(results: dict[str, Any]) -> list[str]:
+    """What all students were measured by and a table shows: first the primary one, then COLUMNS,
+    each with what the further test parts say ("mismatched_accuracy")."""
+    students, primary = results["students"], results["primary"]
+    measured = [m for m in students[0] if all(m in record for record in students)]
+    found = [m for c in COLUMNS for m in measured if m == c or m.endswith(f"_{c}")]
+    return list(dict.fromkeys([primary, *found]))
+
+
+def shown(measure: str) -> tuple[str, bool]:
+    """Title of a measure's column, and whether it is a share."""
+    plain = _plain(measure) or measure
+    title, share = COLUMNS.get(plain, (plain.replace("_", " "), False))
+    return (title if plain == measure else f"{title} ({measure[: -len(plain) - 1]})"), share
+
+
+def _plain(measure: str) -> str | None:
+    """The measure without the name of a further test part."""
+    if measure in COLUMNS:
+        return measure
+    return next((c for c in COLUMNS if measure.endswith(f"_{c}")), None)
 
 
 def write_report(run_dir: Path, results: dict[str, Any], results_file: str) -> str:
     """Write the plots, results.md and, last, the JSON; returns the table."""
     results["comparison"] = compare(run_dir, results)
-    table = markdown(results)
+    text = markdown(results)
     plots = run_dir / "plots"
     plots.mkdir(exist_ok=True)
-    shown = [
+    drawn = [
         _plot_scores(plots, results),
         _plot_losses(plots, results),
         _plot_alignment(plots, results),
-        _plot_projection(plots, results),
+        plot_projection(plots, results),
     ]
-    images = "\n\n".join(f"![{p.stem.replace('_', ' ')}](plots/{p.name})" for p in shown if p)
-    _replace(run_dir / "results.md", f"# {results['title']}\n\n{table}\n\n{images}\n")
-    _replace(run_dir / results_file, json.dumps(results, indent=1))
-    return table
+    write_text(run_dir / "results.md", f"# {results['title']}\n\n{text}\n\n{images(drawn)}\n")
+    write_text(run_dir / results_file, json.dumps(results, indent=1))
+    return text
+
+
+def images(plots: Sequence[Path | None]) -> str:
+    return "\n\n".join(f"![{p.stem.replace('_', ' ')}](plots/{p.name})" for p in plots if p)
 
 
 def ways_of(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -60,85 +86,71 @@ def ways_of(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def compare(run_dir: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Each way less the reference way (soft_labels, else the first), seed by seed.
-
-    The standard error of a difference d counts test sentences and seeds:
-    √(var over sentences of the seed mean / n + var over seeds of the mean / S).
-    """
-    ways = ways_of(results)
-    reference = "soft_labels" if "soft_labels" in ways else next(iter(ways))
+    """Each way less the reference way (soft_labels, else the first)."""
+    ways = list(ways_of(results))
     if len(ways) < 2:
         return {}
-    teacher = load_file(run_dir / "teacher_predictions.safetensors")
-    sentences = {
-        way: torch.stack([_per_sentence(run_dir, r, teacher, results) for r in records])
-        for way, records in ways.items()
-    }  # [seeds, measures, sentences]
-    measures = [m for m in PER_SENTENCE if m in results["students"][0]]
-    differences: dict[str, dict[str, Any]] = {}
-    for way in ways:
-        if way == reference:
-            continue
-        difference = sentences[way] - sentences[reference]
-        seeds, _, n = difference.shape
-        mean = difference.mean((0, 2))
-        variance = difference.mean(0).var(-1) / n
-        if seeds > 1:
-            variance = variance + difference.mean(-1).var(0) / seeds
-        differences[way] = {
-            measure: {
-                "difference": float(mean[k]),
-                "standard_error": float(variance[k].sqrt()),
-                "noise": bool(mean[k].abs() <= 2 * variance[k].sqrt()),
-            }
-            for k, measure in enumerate(measures)
-        }
-        for measure in OVER_ALL_SENTENCES:
-            if seeds == 1 or measure not in results["students"][0]:
-                continue
-            each = torch.tensor(
-                [a[measure] - b[measure] for a, b in zip(ways[way], ways[reference], strict=True)]
-            )
-            error = float(each.std() / math.sqrt(seeds))
-            differences[way][measure] = {
-                "difference": float(each.mean()),
-                "standard_error": error,
-                "noise": bool(each.mean().abs() <= 2 * error),
-            }
-    return {"reference": reference, "differences": differences}
-
-
-def _per_sentence(
-    run_dir: Path, record: dict[str, Any], teacher: dict[str, Any], results: dict[str, Any]
-) -> torch.Tensor:
-    """[measures, sentences] of one student, in the order of PER_SENTENCE."""
-    path = run_dir / "students" / record["way"] / f"seed-{record['seed']}.safetensors"
-    student = load_file(path)
-    if results["regression"]:
-        return (student["logits"] - teacher["logits"]).square().mean(-1)[None]
-    chosen = student["logits"].argmax(-1)
-    log_s, log_t = student["logits"].log_softmax(-1), teacher["logits"].log_softmax(-1)
-    return torch.stack(
-        [
-            (chosen == student["labels"]).float(),
-            (chosen == teacher["logits"].argmax(-1)).float(),
-            (log_t.exp() * (log_t - log_s)).sum(-1),
-        ]
-    )
+    reference = "soft_labels" if "soft_labels" in ways else ways[0]
+    references = {way: reference for way in ways if way != reference}
+    return {
+        "reference": reference,
+        "differences": differences(run_dir, results, columns_of(results), references),
+    }
 
 
 def markdown(results: dict[str, Any]) -> str:
     ways = ways_of(results)
-    columns = [c for c in COLUMNS if c in results["students"][0]]
-    header = ["", *(COLUMNS[c][0] for c in columns), "parameters", "trained", "ms / step"]
+    lines = [f"{name}: {text}" for name, text in results["setting"].items()]
+    seeds = len(next(iter(ways.values())))
+    lines += ["", scores_table(results), ""]
+    lines.append(
+        f"Mean ± standard deviation over {seeds} seeds."
+        if seeds > 1
+        else "One seed: no spread over seeds is known."
+    )
+    lines.append(about_cka(results))
+    comparison = results.get("comparison")
+    if comparison:
+        reference = comparison["reference"].replace("_", " ")
+        lines += ["", f"Differences to {reference} ± standard error:", ""]
+        lines.append(differences_table(results, columns_of(results)))
+        lines += ["", about_differences(seeds > 1)]
+    return "\n".join(lines)
+
+
+def about_cka(results: dict[str, Any]) -> str:
+    return (
+        f"CKA is the unbiased estimate over {results['cka_rows']} of {results['cka_sentences']} "
+        "test sentences, mean over uniformly mapped layers."
+    )
+
+
+def about_differences(seeds: bool) -> str:
+    return (
+        f"A difference is marked noise where a paired t test gives p ≥ {LEVEL:g}, corrected for "
+        "the number of ways (Holm). Standard error and test count "
+        + ("test sentences and seeds." if seeds else "test sentences alone (one seed).")
+        + (" Those of CKA, F1 and correlations count seeds alone." if seeds else "")
+    )
+
+
+def scores_table(results: dict[str, Any], *, count_seeds: bool = False) -> str:
+    """A row a way: mean ± standard deviation over its seeds; TF-IDF first, the teacher last."""
+    columns = columns_of(results)
+    counted = ["seeds"] if count_seeds else []
+    header = ["", *(shown(c)[0] for c in columns), *counted, "parameters", "trained", "ms / step"]
+    blank = [""] * len(counted)
     rows = []
     if results["tfidf"]:
-        rows.append(["TF-IDF + linear model", *_single(results["tfidf"], columns), "", "", ""])
-    for way, records in ways.items():
+        rows.append(
+            ["TF-IDF + linear model", *_single(results["tfidf"], columns), *blank, *[""] * 3]
+        )
+    for way, records in ways_of(results).items():
         rows.append(
             [
                 way.replace("_", " "),
-                *(_mean_sd([r[c] for r in records], COLUMNS[c][1]) for c in columns),
+                *(_mean_sd([r[c] for r in records], shown(c)[1]) for c in columns),
+                *([str(len(records))] if count_seeds else []),
                 f"{records[0]['parameters'] / 1e6:.1f} M",
                 f"{records[0]['trained_parameters'] / 1e6:.1f} M",
                 _milliseconds([r["milliseconds_per_step"] for r in records]),
@@ -146,65 +158,47 @@ def markdown(results: dict[str, Any]) -> str:
         )
     teacher = results["teacher"]
     size = f"{teacher['parameters'] / 1e6:.1f} M"
-    rows.append(["teacher", *_single(teacher, columns), size, "", ""])
-    lines = [f"{name}: {text}" for name, text in results["setting"].items()]
-    seeds = len(next(iter(ways.values())))
-    lines += ["", _table(header, rows), ""]
-    lines.append(
-        f"Mean ± standard deviation over {seeds} seeds."
-        if seeds > 1
-        else "One seed: no spread over seeds is known."
-    )
-    lines.append(
-        f"CKA is the unbiased estimate over {results['cka_rows']} of "
-        f"{results['cka_sentences']} test sentences, mean over uniformly mapped layers."
-    )
-    comparison = results.get("comparison")
-    if comparison:
-        reference = comparison["reference"].replace("_", " ")
-        lines += ["", f"Differences to {reference} ± standard error:", ""]
-        compared = [c for c in columns if any(c in d for d in comparison["differences"].values())]
-        lines.append(
-            _table(
-                ["", *(COLUMNS[c][0] for c in compared)],
-                [
-                    [way.replace("_", " "), *(_difference(d.get(c), c) for c in compared)]
-                    for way, d in comparison["differences"].items()
-                ],
-            )
-        )
-        lines += [
-            "",
-            "A difference below two standard errors is marked noise. The standard error counts "
-            + ("test sentences and seeds." if seeds > 1 else "test sentences alone (one seed).")
-            + (" That of CKA and of correlations counts seeds alone." if seeds > 1 else ""),
-        ]
-    return "\n".join(lines)
+    rows.append(["teacher", *_single(teacher, columns), *blank, size, "", ""])
+    return table(header, rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def differences_table(results: dict[str, Any], columns: Sequence[str]) -> str:
+    found = results["comparison"]["differences"]
+    compared = [c for c in columns if any(c in d for d in found.values())]
+    return table(
+        ["", *(shown(c)[0] for c in compared)],
+        [
+            [way.replace("_", " "), *(difference(d.get(c), c) for c in compared)]
+            for way, d in found.items()
+        ],
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Markdown; the first `left` columns are aligned to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = (
-            c.ljust(w) if i == 0 else c.rjust(w)
+        aligned = (
+            c.ljust(w) if i < left else c.rjust(w)
             for i, (c, w) in enumerate(zip(cells, widths, strict=True))
         )
-        return f"| {' | '.join([first, *rest])} |"
+        return f"| {' | '.join(aligned)} |"
 
     rule = (
         "|"
-        + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
+        + "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths))
         + "|"
     )
     return "\n".join([line(header), rule, *(line(row) for row in rows)])
 
 
+def value(number: float, column: str) -> str:
+    return f"{100 * number:.1f}" if shown(column)[1] else f"{number:.3f}"
+
+
 def _single(values: dict[str, float], columns: Sequence[str]) -> list[str]:
-    return [
-        "" if c not in values else f"{100 * values[c]:.1f}" if COLUMNS[c][1] else f"{values[c]:.3f}"
-        for c in columns
-    ]
+    return [value(values[c], c) if c in values else "" for c in columns]
 
 
 def _mean_sd(values: Sequence[float], percent: bool) -> str:
@@ -220,14 +214,17 @@ def _milliseconds(medians: Sequence[float | None]) -> str:
     return f"{statistics.median(known):.0f}" if known else ""
 
 
-def _difference(entry: dict[str, Any] | None, column: str) -> str:
+def difference(entry: dict[str, Any] | None, column: str) -> str:
     if entry is None:
         return ""
-    scale, digits = (100, 1) if COLUMNS[column][1] else (1, 3)
-    text = (
-        f"{scale * entry['difference']:+.{digits}f} ± {scale * entry['standard_error']:.{digits}f}"
-    )
+    text = difference_value(entry, column)
     return f"{text} (noise)" if entry["noise"] else text
+
+
+def difference_value(entry: dict[str, Any], column: str) -> str:
+    scale, digits = (100, 1) if shown(column)[1] else (1, 3)
+    found, error = scale * entry["difference"], scale * entry["standard_error"]
+    return f"{found:+.{digits}f} ± {error:.{digits}f}"
 
 
 # Plots
@@ -235,12 +232,12 @@ def _difference(entry: dict[str, Any] | None, column: str) -> str:
 
 def _plot_scores(folder: Path, results: dict[str, Any]) -> Path:
     ways = ways_of(results)
-    columns = [c for c in COLUMNS if c in results["students"][0]]
+    columns = columns_of(results)
     figure, axes = plt.subplots(
-        1, len(columns), figsize=(3.1 * len(columns), 3.2), layout="constrained"
+        1, len(columns), figsize=(3.1 * len(columns), 3.2), layout="constrained", squeeze=False
     )
-    for axis, column in zip(axes, columns, strict=True):
-        scale = 100 if COLUMNS[column][1] else 1
+    for axis, column in zip(axes[0], columns, strict=True):
+        scale = 100 if shown(column)[1] else 1
         for k, records in enumerate(ways.values()):
             values = [scale * r[column] for r in records]
             axis.plot([k] * len(values), values, "o", alpha=0.5, color=f"C{k}")
@@ -260,8 +257,8 @@ def _plot_scores(folder: Path, results: dict[str, Any]) -> Path:
             range(len(ways)), [w.replace("_", " ") for w in ways], rotation=25, ha="right"
         )
         axis.set_xlim(-0.6, len(ways) - 0.4)
-        axis.set_title(COLUMNS[column][0], fontsize=10)
-    return _finish(figure, folder / "scores.png")
+        axis.set_title(shown(column)[0], fontsize=10)
+    return finish(figure, folder / "scores.png")
 
 
 def _plot_losses(folder: Path, results: dict[str, Any]) -> Path | None:
@@ -272,7 +269,8 @@ def _plot_losses(folder: Path, results: dict[str, Any]) -> Path | None:
         1, len(ways), figsize=(4.2 * len(ways), 3.4), squeeze=False, layout="constrained"
     )
     for axis, (way, records) in zip(axes[0], ways.items(), strict=True):
-        terms = [k for k in records[0]["log"][0] if k.startswith("loss_")]
+        # A stage logs its own terms.
+        terms = list(dict.fromkeys(k for e in records[0]["log"] for k in e if k[:5] == "loss_"))
         for k, term in enumerate(terms):
             for record in records:
                 log = [e for e in record["log"] if term in e]
@@ -296,7 +294,7 @@ def _plot_losses(folder: Path, results: dict[str, Any]) -> Path | None:
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("loss term, unweighted")
-    return _finish(figure, folder / "losses.png")
+    return finish(figure, folder / "losses.png")
 
 
 def _plot_alignment(folder: Path, results: dict[str, Any]) -> Path:
@@ -311,24 +309,16 @@ def _plot_alignment(folder: Path, results: dict[str, Any]) -> Path:
     )
     image = None
     for axis, (title, matrix) in zip(axes, panels, strict=True):
-        image = axis.imshow(matrix, vmin=0, vmax=1, origin="lower", aspect="auto", cmap="viridis")
-        for i, row in enumerate(matrix):
-            for j, value in enumerate(row):
-                axis.text(
-                    j, i, f"{value:.2f}", ha="center", va="center", fontsize=6,
-                    color="white" if value < 0.6 else "black",
-                )  # fmt: skip
-        axis.set_xticks(range(len(matrix[0])))
-        axis.set_yticks(range(len(matrix)))
+        image = heat_map(axis, matrix)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("teacher layer (0: embeddings)", fontsize=8)
     axes[0].set_ylabel("student layer", fontsize=8)
     assert image is not None
     figure.colorbar(image, ax=list(axes), label="unbiased CKA")
-    return _finish(figure, folder / "cka.png")
+    return finish(figure, folder / "cka.png")
 
 
-def _plot_projection(folder: Path, results: dict[str, Any]) -> Path | None:
+def plot_projection(folder: Path, results: dict[str, Any]) -> Path | None:
     ways = {w: r for w, r in ways_of(results).items() if r[0]["projection_weights"]}
     if not ways:
         return None
@@ -337,23 +327,37 @@ def _plot_projection(folder: Path, results: dict[str, Any]) -> Path | None:
     )
     for axis, (way, records) in zip(axes[0], ways.items(), strict=True):
         matrix = torch.tensor([r["projection_weights"] for r in records]).mean(0)
-        image = axis.imshow(matrix, vmin=0, origin="lower", aspect="auto", cmap="viridis")
-        axis.set_xticks(range(matrix.shape[1]), range(1, matrix.shape[1] + 1))
-        axis.set_yticks(range(matrix.shape[0]), range(1, matrix.shape[0] + 1))
-        axis.set_xlabel("teacher layer")
-        axis.set_ylabel("student layer")
+        image = weight_map(axis, matrix)
         axis.set_title(f"{way.replace('_', ' ')}: layer-projection weights", fontsize=10)
         figure.colorbar(image, ax=axis)
-    return _finish(figure, folder / "projection_weights.png")
+    return finish(figure, folder / "projection_weights.png")
 
 
-def _finish(figure: Any, path: Path) -> Path:
+def heat_map(axis: Any, matrix: Sequence[Sequence[float]]) -> Any:
+    """CKA between layers [S + 1, T + 1], the embeddings first, with its numbers."""
+    image = axis.imshow(matrix, vmin=0, vmax=1, origin="lower", aspect="auto", cmap="viridis")
+    for i, row in enumerate(matrix):
+        for j, number in enumerate(row):
+            axis.text(
+                j, i, f"{number:.2f}", ha="center", va="center", fontsize=6,
+                color="white" if number < 0.6 else "black",
+            )  # fmt: skip
+    axis.set_xticks(range(len(matrix[0])))
+    axis.set_yticks(range(len(matrix)))
+    return image
+
+
+def weight_map(axis: Any, matrix: torch.Tensor) -> Any:
+    """Weights of a layer projection [L_s, L_t], from layer 1 on."""
+    image = axis.imshow(matrix, vmin=0, origin="lower", aspect="auto", cmap="viridis")
+    axis.set_xticks(range(matrix.shape[1]), range(1, matrix.shape[1] + 1))
+    axis.set_yticks(range(matrix.shape[0]), range(1, matrix.shape[0] + 1))
+    axis.set_xlabel("teacher layer")
+    axis.set_ylabel("student layer")
+    return image
+
+
+def finish(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -3,6 +3,7 @@
 import pytest
 
 from kdfast.distill.config import (
+    CompareConfig,
     DistillConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -11,12 +12,34 @@ from kdfast.distill.config import (
     shipped,
 )
 from kdfast.errors import InputError
+from kdfast.recipes import RECIPES
 
 
-@pytest.mark.parametrize("name", [n for n in shipped() if n != "finetune"])
+@pytest.mark.parametrize("name", [n for n in shipped() if n not in ("finetune", "comparison")])
 @pytest.mark.parametrize("quick", ["true", "false"])
 def test_every_shipped_configuration_is_valid(name, quick):
     assert read_config(DistillConfig, name, [f"quick={quick}"]).ways()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_a_configuration_of_its_name(recipe):
+    if recipe != "labels":
+        assert read_config(DistillConfig, recipe).ways()[-1].recipe == recipe
+
+
+def test_the_shipped_comparison_is_that_of_the_papers():
+    config = read_config(CompareConfig, "comparison")
+    ways = {way.label: way for way in config.chosen()}
+    assert len(ways) == 15 and all(len(way.trials) == 3 for way in ways.values())
+    five = {label for label, way in ways.items() if len(way.seeds) == 5}
+    assert five == {"soft_labels", "internal", "fsd", "universal"}
+    assert ways["bilstm_universal"].reference == "bilstm_soft_labels"
+    assert ways["bilstm_universal"].student.kind == "bilstm"
+    quickstart = read_config(DistillConfig, "quickstart")
+    for section in ("data", "student", "training", "teacher_training"):
+        assert getattr(config, section) == getattr(quickstart, section)
+    quick = read_config(CompareConfig, "comparison", ["quick=true"]).chosen()
+    assert {(len(way.trials), len(way.seeds)) for way in quick} == {(2, 2)}
 
 
 def test_the_shipped_finetune_configuration_is_valid():
@@ -25,7 +48,7 @@ def test_the_shipped_finetune_configuration_is_valid():
 
 def test_the_quickstart_is_what_the_readme_says():
     config = read_config(DistillConfig, "quickstart")
-    assert [way["name"] for way in config.ways()] == ["labels", "soft_labels", "internal"]
+    assert [way.label for way in config.ways()] == ["labels", "soft_labels", "internal"]
     assert len(config.seeds) == 3 and config.data.test >= 4000
     assert 150 <= config.training.steps <= 200 and config.data.student_train == 1000
 
@@ -121,3 +144,62 @@ def test_a_missing_file_is_named():
 def test_evaluation_keys_are_checked_too():
     with pytest.raises(InputError, match="did you mean 'teacher'"):
         read_config(EvaluateConfig, None, ["techer=x"])
+
+
+# One configuration on top of another
+
+
+def written(folder, name, text):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_configuration_extends_a_shipped_one_and_a_file_beside_it(tmp_path):
+    written(tmp_path, "below.yaml", "extends: quickstart\ndata: {test: 77}\nseeds: [9]\n")
+    above = written(
+        tmp_path, "above.yaml", "extends: below.yaml\nrecipe: fsd\ntraining: {epochs: 2}\n"
+    )
+    config = read_config(DistillConfig, above)
+    assert (config.data.test, config.data.student_train, config.seeds) == (77, 1000, [9])
+    # A recipe that is named replaces the one below; epochs take the place of steps.
+    assert config.recipe == {"name": "fsd"} and len(config.baselines) == 2
+    assert (config.training.epochs, config.training.steps) == (2, None)
+    assert config.training.learning_rate == 2e-4
+
+
+def test_a_recipe_section_without_a_name_changes_the_one_below(tmp_path):
+    path = written(tmp_path, "a.yaml", "extends: quickstart\nrecipe: {cosine_weight: 2.0}\n")
+    recipe = read_config(DistillConfig, path).recipe
+    assert recipe["name"] == "internal" and recipe["cosine_weight"] == 2
+    assert recipe["cosine_rows"] == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: a.yaml", "extend one another: .*a.yaml -> .*a.yaml"),
+        ("extends: b.yaml", "b.yaml cannot be read"),
+        ("extends: quikstart", "did you mean 'quickstart'"),
+        ("extends: [quickstart]", "extends in .* must be"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        read_config(DistillConfig, written(tmp_path, "a.yaml", text))
+
+
+def test_a_way_has_its_own_label_student_and_training():
+    config = read_config(
+        DistillConfig,
+        "quickstart",
+        ["recipe={name: soft_labels, label: lstm, student: {kind: bilstm}, training: {epochs: 5}}"],
+    )
+    way = config.ways()[-1]
+    assert (way.label, way.recipe, way.options) == ("lstm", "soft_labels", {})
+    # Another architecture starts from its own sizes, and keeps what is common.
+    assert (way.student.kind, way.student.layers) == ("bilstm", None)
+    assert way.student.base == "demo:minilm" and way.student.freeze_embeddings
+    assert (way.training.epochs, way.training.steps) == (5, None)
+    assert config.ways()[0].student.layers == [0, 3]
