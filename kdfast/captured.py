@@ -44,8 +44,8 @@ class ModelShape:
     """What a recipe must know of a model before the first batch.
 
     heads: 0 for a model without attention. classes: None without a head. token_logits: the head
-    classifies every token. pool: how a sequence becomes one state, "cls" or "mean" over tokens.
-    max_length: tokens of the longest input of the data, where that is known.
+    classifies every token. pool: how a sequence becomes one state, "cls", "mean" over tokens or the
+    "last" token. key_value_heads: where several query heads share a key; None: as many as heads.
     """
 
     layers: int
@@ -55,7 +55,12 @@ class ModelShape:
     regression: bool = False
     token_logits: bool = False
     pool: str = "cls"
-    max_length: int | None = None
+    key_value_heads: int | None = None
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the state of the first token stands for the sequence."""
+        return self.heads > 0 and self.pool != "last"
 
     def describe(self) -> str:
         heads = f", {self.heads} heads" if self.heads else ", no attention"

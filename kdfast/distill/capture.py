@@ -110,13 +110,14 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     """Layers, width, heads and classes as the configuration states them.
 
     Without a [CLS] state to read (a student without attention, ModernBERT's mean pooling) `pool`
-    is "mean".
+    is "mean"; that of a causal model, whose first token sees itself alone, is "last".
     """
     config = model.config.get_text_config()
     has_head = model.base_model is not model
     token_logits = has_head and "ForTokenClassification" in type(model).__name__
     heads = config.num_attention_heads
     mean = heads == 0 or getattr(config, "classifier_pooling", "cls") == "mean"
+    causal = any(getattr(m, "is_causal", False) is True for m in model.modules())
     return ModelShape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
@@ -126,7 +127,8 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         and not token_logits
         and (config.num_labels == 1 or getattr(config, "problem_type", None) == "regression"),
         token_logits=token_logits,
-        pool="mean" if mean else "cls",
+        pool="last" if causal else "mean" if mean else "cls",
+        key_value_heads=getattr(config, "num_key_value_heads", None),
     )
 
 
@@ -167,6 +169,12 @@ class Capture:
                     f"{name}.config.{flag} is set: every evaluation would keep all of them in "
                     f"memory; set it to False, kdfast asks for what it needs call by call"
                 )
+        if _reentrant(model):
+            raise InputError(
+                f"{name} was set to reentrant gradient checkpointing: captured tensors would carry "
+                "no gradient and the internal losses train nothing; call "
+                'gradient_checkpointing_enable({"use_reentrant": False})'
+            )
         self.model = model
         self.needs = needs
         self.shape = model_shape(model)
@@ -378,6 +386,14 @@ def _hook_projections(module: nn.Module, names: tuple[str, str, str], heads: int
         return hook
 
     return [getattr(module, n).register_forward_hook(record(n)) for n in names]
+
+
+def _reentrant(model: nn.Module) -> bool:
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and function is not None:
+            return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    return False
 
 
 def _refuse_detached(modules: tuple[nn.Module, ...], attention: tuple[LayerAttention, ...]) -> None:

@@ -33,7 +33,7 @@ def model_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -52,18 +52,22 @@ def prepare(
     run_teacher: Callable[[dict[str, torch.Tensor]], tuple[Captured, torch.Tensor | None]],
     *,
     teacher: nn.Module,
+    precision: str,
     directory: str | os.PathLike[str] | None,
     progress: bool = True,
 ) -> list[str]:
     """Fit the parts of a recipe, or read those that were fitted before; returns what was done.
 
-    run_teacher: from a collated batch to what the parts read. directory: where results are kept;
+    run_teacher: from a collated batch to what the parts read. precision: of the teacher's forward,
+    as text. directory: where results are kept;
     None keeps none. The rows come in one random order, the same for every run; the global random
     state is left alone, so a run that reads its parts goes on as one that made them.
     """
     said, missing, files = [], {}, {}
     if directory is not None:
-        keys = [model_digest(teacher), data_digest(dataset)]
+        # A collator that pads further counts where a recipe does not mask padding.
+        padded = getattr(collate, "pad_to", None)
+        keys = [model_digest(teacher), data_digest(dataset), precision, padded]
         for name, part in parts.items():
             files[name] = _file(Path(directory), name, part, keys)
     for name, part in parts.items():

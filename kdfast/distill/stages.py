@@ -43,8 +43,8 @@ def stage_steps(stages: list[Stage], total: int, per_epoch: int) -> list[int]:
     if min(steps) < 1:
         shown = ", ".join(f"{s.name} {n}" for s, n in zip(stages, steps, strict=True))
         raise InputError(
-            f"{total} steps are too few for the stages of this recipe ({shown}): train for more "
-            "steps, or give the stages fewer"
+            f"a run of {total} steps is too short for the stages of this recipe ({shown}): train "
+            "for more steps, or give the stages fewer"
         )
     return steps
 

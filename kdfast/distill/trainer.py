@@ -10,7 +10,6 @@ trainer.train()
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import json
 import math
@@ -125,6 +124,14 @@ class DistillationTrainer(Trainer):
             )
         if teacher is model:
             raise InputError("teacher is the same object as model: it would teach itself")
+        if isinstance(teacher, nn.Module):
+            theirs = {id(parameter) for parameter in teacher.parameters()}
+            shared = [n for n, p in model.named_parameters() if id(p) in theirs]
+            if shared:
+                raise InputError(
+                    f"model shares {len(shared)} parameters with teacher ({shared[0]}), which "
+                    "would be frozen with it: give the student copies of its own"
+                )
         if teacher is not None and not isinstance(teacher, PreTrainedModel):
             raise InputError(
                 f"teacher must be a transformers PreTrainedModel, was {type(teacher).__name__}; "
@@ -142,14 +149,22 @@ class DistillationTrainer(Trainer):
                 raise InputError(f"recipe '{args.recipe}' needs a teacher, was None")
             options = _options(args)
             check_recipe(args.recipe, options)
-            if "max_length" in inspect.signature(RECIPES[args.recipe]).parameters:
-                longest = _longest(train_dataset)
-                student_shape = dataclasses.replace(student_shape, max_length=longest)
+            sized = "max_length" in inspect.signature(RECIPES[args.recipe]).parameters
+            if sized and options.get("max_length") is None:
+                # Among the options, so that the recipe can be built again from what is saved.
+                options = {**options, "max_length": _longest(train_dataset)}
             recipe = build_recipe(
                 args.recipe,
                 student_shape,
                 student_shape if teacher is None else model_shape(teacher),
                 **options,
+            )
+        assistants = getattr(recipe, "assistants", ())
+        if assistants and teacher is not None and assistants[-1] != model_shape(teacher).layers:
+            raise InputError(
+                f"recipe 'takd' teaches through assistants of {', '.join(map(str, assistants))} "
+                "layers, and a trainer is one link of that chain: train each from the one before "
+                "it, the last one as the teacher here, or run `kdfast distill takd`"
             )
         if recipe.needs_teacher and teacher is None:
             raise InputError(f"recipe '{recipe.name}' needs a teacher, was None")
@@ -247,16 +262,18 @@ class DistillationTrainer(Trainer):
         if self.recipe.needs_teacher_at(at.stage):
             teacher = self._run_teacher(teacher_inputs, needs)
         outputs, student = self._student_capture(student_inputs, forward=model, needs=needs)
-        losses = self.recipe(student, teacher, labels, at)
+        losses = self._weigh(self.recipe(student, teacher, labels, at), inputs)
         if self._clock is not None:
             self._clock.observe(losses)
         self._accumulate(losses)
-        loss = self.recipe.total(self._weigh(losses, inputs), at)
-        if self.args.world_size > 1 and student.logits is not None:
+        loss = self.recipe.total(losses, at)
+        if self.args.world_size > 1:
             if at.stage not in self._reached:
                 self._reached[at.stage] = _reached(loss)
             # A loss that does not reach all parameters (the head, upper layers) DDP would refuse.
-            loss = loss + 0 * student.logits.sum()
+            for value in outputs.values():
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    loss = loss + 0 * value.sum()
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -347,6 +364,12 @@ class DistillationTrainer(Trainer):
         parameters = [p for p in self.recipe.parameters() if p.requires_grad]
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if parameters and id(parameters[0]) not in known:
+            if self.lr_scheduler is not None and not self._created_lr_scheduler:
+                raise InputError(
+                    f"recipe '{self.recipe.name}' has parameters of its own, which cannot join an "
+                    "optimizer that a scheduler was made for: give trainer.recipe.parameters() to "
+                    "your optimizer, or leave the scheduler out"
+                )
             optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
         if self.args.world_size > 1:
             # Random projections must start equal on every rank, as the student does.
@@ -417,14 +440,28 @@ class DistillationTrainer(Trainer):
                     f"checkpoint {resume_from_checkpoint} has no {STATE_FILE}, which holds the "
                     f"learned parts of recipe '{self.recipe.name}': it was made by another recipe"
                 )
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            self._check_resumed(path, metadata)
             try:
                 self.recipe.load_state_dict(load_file(path))
             except RuntimeError as error:
                 raise InputError(
                     f"{path} does not fit recipe '{self.recipe.name}': {error}"
                 ) from None
-            with safe_open(path, "pt") as file:
-                self._resumed_clock = file.metadata().get("stage") or None
+            self._resumed_clock = metadata.get("stage") or None
+
+    def _check_resumed(self, path: str, metadata: Mapping[str, str]) -> None:
+        """A checkpoint of other options would go on as neither of the two."""
+        theirs = {"recipe": metadata.get("recipe"), **json.loads(metadata.get("options") or "{}")}
+        options = json.loads(json.dumps(self.recipe.options, default=str))
+        ours = {"recipe": self.recipe.name, **options}
+        for key in {**theirs, **ours}:
+            if theirs.get(key) != ours.get(key):
+                raise InputError(
+                    f"{path} is of a run with {key} {theirs.get(key)!r}, and this one has "
+                    f"{ours.get(key)!r}: resume with the same, or start anew"
+                )
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -441,9 +478,29 @@ class DistillationTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise InputError(f"no whole checkpoint in {self.args.output_dir} to resume from")
         self._resumed_clock = None
+        self._stepped = True
+        self._check_before_training()
         if self._prepared is None and not resume_from_checkpoint:
             self._prepared = self._prepare_recipe()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_before_training(self) -> None:
+        """What would otherwise show after the preparation, which may be long."""
+        dataset: Any = self.train_dataset
+        wanting = self.recipe.needs_labels
+        if wanting and isinstance(dataset, datasets.Dataset):
+            names = {"labels", "label", "label_ids", *(self.label_names or ())}
+            if not names & set(dataset.column_names):
+                raise InputError(
+                    f"{' and '.join(wanting)} of recipe '{self.recipe.name}' trains on labels, and "
+                    f"train_dataset has none: its columns are {', '.join(dataset.column_names)}"
+                )
+        per_epoch = self._steps_per_epoch()
+        total = self.args.max_steps
+        if total <= 0:
+            total = math.ceil(self.args.num_train_epochs * per_epoch)
+        if total > 0:
+            stage_steps(self.recipe.stages, total, per_epoch)
 
     def skip_preparation(self) -> None:
         """For a trial step on a few rows: stand-ins for what would be fitted to all of them."""
@@ -482,6 +539,7 @@ class DistillationTrainer(Trainer):
             collate,
             run_teacher,
             teacher=self.teacher,
+            precision=f"{self.teacher.dtype}, bf16 {self.args.bf16}, fp16 {self.args.fp16}",
             directory=self.args.prepared_dir,  # type: ignore[attr-defined]
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
@@ -492,17 +550,18 @@ class DistillationTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         stages = self.recipe.stages
-        per_epoch = 0
-        if any(stage.epochs is not None for stage in stages):
-            rows = len(self.train_dataset)  # type: ignore[arg-type]
-            batch = self.args.per_device_train_batch_size * self.args.world_size
-            batches = math.ceil(rows / batch)
-            per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
-        self._clock = StageClock(self.recipe, stage_steps(stages, num_training_steps, per_epoch))
+        steps = stage_steps(stages, num_training_steps, self._steps_per_epoch())
+        self._clock = StageClock(self.recipe, steps)
         if self._resumed_clock is not None:
             self._clock.load(self._resumed_clock)
-        if self.lr_scheduler is not None or not any(stage.restart for stage in stages[1:]):
+        restarting = [stage.name for stage in stages[1:] if stage.restart]
+        if not restarting:
             return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is not None and not self._created_lr_scheduler:
+            raise InputError(
+                f"the learning rate begins anew with stage '{restarting[0]}' of recipe "
+                f"'{self.recipe.name}', which a scheduler of your own does not know: leave it out"
+            )
         schedule = self._restarting_schedule(num_training_steps)
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
@@ -512,6 +571,20 @@ class DistillationTrainer(Trainer):
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _steps_per_epoch(self) -> int:
+        """Optimizer steps; 0 for a data set without a length."""
+        if not hasattr(self.train_dataset, "__len__"):
+            if any(stage.epochs is not None for stage in self.recipe.stages):
+                raise InputError(
+                    f"stages of recipe '{self.recipe.name}' last epochs, and the data set has no "
+                    "length: give them steps"
+                )
+            return 0
+        rows = len(self.train_dataset)  # type: ignore[arg-type]
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        whole = math.floor if self.args.dataloader_drop_last else math.ceil
+        return math.ceil(whole(rows / batch) / self.args.gradient_accumulation_steps)
 
     def _restarting_schedule(self, total: int) -> Callable[[int], float]:
         """The Trainer's schedule, warm-up in proportion, over each stretch between restarts."""
@@ -524,7 +597,8 @@ class DistillationTrainer(Trainer):
             if length not in shapes:
                 one = get_scheduler(
                     self.args.lr_scheduler_type,
-                    optimizer=torch.optim.SGD([torch.zeros(1)]),
+                    # Of the run's rate, of which some schedules take their lowest as a share.
+                    optimizer=torch.optim.SGD([torch.zeros(1)], lr=self.args.learning_rate),
                     num_warmup_steps=round(warmup * length),
                     num_training_steps=length,
                     scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,  # type: ignore[arg-type]

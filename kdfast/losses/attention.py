@@ -9,6 +9,7 @@ from torch import nn
 
 from kdfast.losses.layers import (
     LAYER_REDUCTIONS,
+    PADDINGS,
     Layers,
     as_layers,
     choose,
@@ -28,15 +29,16 @@ class AttentionKLLoss(nn.Module):
         temperature: divides both sides' scores.
         relation_heads, match_heads: how differing head counts meet, see kdfast.attention_kl.
         layers: "sum" (the paper's reading) or "mean" over layer pairs.
+        padding: "masked" (default: a padded token's row says nothing) or "counted": rows of padded
+            tokens take part too. Padded keys get no probability in either.
         backend: see kdfast.attention_kl.
 
-    unit: "tokens" (query rows); couples_samples: False.
+    unit: "tokens" (query rows), "samples" with padding="counted"; couples_samples: False.
 
     Source: Aguilar et al. 2020, L_kl; MiniLM, L_AT.
     """
 
     couples_samples = False
-    unit = "tokens"
 
     def __init__(
         self,
@@ -46,9 +48,12 @@ class AttentionKLLoss(nn.Module):
         relation_heads: int | None = None,
         match_heads: str | None = None,
         layers: str = "sum",
+        padding: str = "masked",
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        self.padding = choose("padding", padding, PADDINGS)
+        self.unit = "tokens" if padding == "masked" else "samples"
         self.direction = choose("direction", direction, ("forward", "reverse", "js"))
         self.temperature = temperature
         self.relation_heads = relation_heads
@@ -73,12 +78,14 @@ class AttentionKLLoss(nn.Module):
         query_*: [B, H, N, d]; key_*: [B, H_kv, N, d]; or sequences of them, one per layer pair.
         attention_mask: [B, N], 1 = token. Returns a scalar.
         """
+        counted = attention_mask is not None and self.padding == "counted"
         losses = attention_kl(
             as_layers(query_s),
             as_layers(key_s),
             teacher_layers(query_s, query_t),
             teacher_layers(key_s, key_t),
             attention_mask=attention_mask,
+            query_mask=torch.ones_like(attention_mask) if counted else None,  # type: ignore[arg-type]
             causal=causal,
             window=window,
             scale_s=scale_s,

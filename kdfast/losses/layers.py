@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,7 +99,9 @@ class LearnedProjections(nn.Module):
             raise ValueError(
                 f"which must be different numbers from 0 to {len(self.maps) - 1}, was {list(which)}"
             )
-        return [self.maps[k](x) for k, x in zip(which, students, strict=True)]
+        # The maps are fp32; a student in half precision meets the teacher in theirs.
+        maps: list[Any] = [self.maps[k] for k in which]
+        return [p(x.to(p.weight.dtype)) for p, x in zip(maps, students, strict=True)]
 
 
 def check_widths(student: torch.Tensor, teacher: torch.Tensor) -> None:

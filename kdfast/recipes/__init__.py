@@ -73,6 +73,11 @@ def check_recipe(name: str, options: dict[str, Any]) -> None:
             Weight(value, f"{key} of recipe '{name}'")
             continue
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        kind = str(known[key].annotation)
+        if "int" in kind and "float" not in kind and "Any" not in kind:
+            whole = type(value) is int or (value is None and "None" in kind)
+            if not whole and "Sequence" not in kind:
+                raise InputError(f"{key} of recipe '{name}' must be a whole number, was {value!r}")
         number = known[key].annotation in (float, "float")
         if number and not (is_number and math.isfinite(value)):
             raise InputError(f"{key} of recipe '{name}' must be a finite number, was {value!r}")

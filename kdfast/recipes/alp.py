@@ -13,8 +13,8 @@ from kdfast.losses import LayerProjectionLoss
 from kdfast.losses.layers import choose
 from kdfast.ops.layer_projection import layer_projection
 from kdfast.recipes.recipe import Recipe, Term
-from kdfast.recipes.schedule import Moment
-from kdfast.recipes.terms import output_terms
+from kdfast.recipes.schedule import Moment, Weight
+from kdfast.recipes.terms import check_cls, output_terms
 
 
 class LayerProjectionTerm(Term):
@@ -96,7 +96,7 @@ def alp(
             number. [CLS] states have large norms, so at 1 the softmax chooses nearly one layer.
         objective: "mse" (the paper) or "cosine".
         layers: "sum" or "mean" over student layers; the implementations differ.
-        temperature: of the soft labels; the implementations' 1 and 20 differ too.
+        temperature: of the soft labels; the implementations' 1 and 20 differ too, 2 is between.
     """
     if isinstance(scale, str):
         choose("scale", scale, ("width",))
@@ -108,6 +108,8 @@ def alp(
         soft_label_weight=soft_label_weight,
         temperature=temperature,
     )
+    if rows == "cls" and Weight(projection_weight).maximum > 0:
+        check_cls(student=student, teacher=teacher, instead="set rows=tokens")
     terms["projection"] = LayerProjectionTerm(
         projection_weight,
         LayerProjectionLoss(

@@ -80,8 +80,6 @@ def annealing(
     }
     stages = [Stage("annealing", ("annealing",))]
     if label_share > 0:
-        terms["labels"] = LabelTerm(
-            label_weight, regression=student.regression, token_logits=student.token_logits
-        )
+        terms["labels"] = LabelTerm(label_weight, regression=student.regression)
         stages.append(Stage("labels", ("labels",), share=label_share, restart=True))
     return Recipe("annealing", terms, stages=stages)

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdfast.captured import ModelShape
 from kdfast.errors import InputError, nearest
-from kdfast.recipes.recipe import Recipe, Term
+from kdfast.recipes.recipe import Recipe, Term, has_pair
 from kdfast.recipes.schedule import Stage, Threshold, Weight
 
 # A loss is a recipe of which all weights but one are 0, with what else must then be left out.
@@ -51,7 +51,7 @@ def custom(
         losses: each {"loss": NAME, "weight": w} (LOSSES has the names) or {"recipe": NAME,
             "weight": w}, which takes all of a recipe's terms times w, and any option of the recipe
             that the loss is from ("layer_map", "temperature", "cosine_rows", ...). "name": the
-            term's own, where one loss is there twice.
+            term's own, where one loss is there twice; several terms of one entry are NAME_TERM.
         stages: each {"name", "losses": [names], "layers": [student layers], one of "steps",
             "epochs" and "share", "until": {"loss", "below", "every"}, "restart": true}; see
             kdfast.recipes.schedule.Stage. Without them: those of the one listed recipe that has
@@ -59,8 +59,7 @@ def custom(
             in the stage's layers; otherwise one stage.
         max_length: tokens of the longest input, where a loss asks for it.
 
-    Weights may be points over the run, see kdfast.recipes.schedule.Weight. The terms of a recipe
-    are named RECIPE_TERM.
+    Weights may be points over the run, see kdfast.recipes.schedule.Weight.
 
     Raises:
         InputError: an unknown loss, recipe, option, stage key or layer, naming what is allowed.
@@ -80,7 +79,7 @@ def custom(
         for own, module in part.terms.items():
             term: Any = module
             term.weight = factor.times(term.weight)
-            names[own] = name = f"{prefix}_{own}" if "recipe" in entry else prefix
+            names[own] = name = f"{prefix}_{own}" if len(part.terms) > 1 else prefix
             if name in terms:
                 raise InputError(
                     f"recipe 'custom' has two losses named '{name}': give one of them another "
@@ -138,11 +137,12 @@ def _part(
             o for o in inspect.signature(RECIPES[recipe]).parameters if o.endswith("_weight")
         ]
         for option in options:
-            if option in weights or option in fixed:
+            if (option in weights and option != "pseudo_label_weight") or option in fixed:
                 raise InputError(
                     f"loss '{entry['loss']}' takes its weight as \"weight\", not {option}"
                 )
-        options |= {**dict.fromkeys(weights, 0.0), **fixed, own: entry.get("weight", 1.0)}
+        zero = dict.fromkeys((w for w in weights if w != "pseudo_label_weight"), 0.0)
+        options |= {**zero, **fixed, own: entry.get("weight", 1.0)}
         weight = Weight(1.0)
     if recipe in RECIPES and "max_length" in inspect.signature(RECIPES[recipe]).parameters:
         options.setdefault("max_length", max_length)
@@ -164,6 +164,9 @@ def _stage(entry: Mapping[str, Any], terms: Mapping[str, Term], student: ModelSh
     name = str(values.pop("name", "stage"))
     listed = values.pop("losses", None) or list(terms)
     layers = values.pop("layers", None)
+    for key, value in {"losses": listed, "layers": layers}.items():
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise InputError(f"{key} of stage '{name}' must be a list, was {value!r}")
     for layer in layers or ():
         if type(layer) is not int or not 1 <= layer <= student.layers:
             raise InputError(
@@ -172,16 +175,27 @@ def _stage(entry: Mapping[str, Any], terms: Mapping[str, Term], student: ModelSh
             )
     until = values.pop("until", None)
     if until is not None:
-        if not isinstance(until, Mapping) or not {"loss", "below"} <= set(until):
+        if not isinstance(until, Mapping) or not {"loss", "below"} <= set(until) <= {
+            "loss",
+            "below",
+            "every",
+        }:
             raise InputError(
                 f'until of stage \'{name}\' must be {{"loss", "below"}} and perhaps "every", was '
                 f"{until!r}"
             )
         until = Threshold(until["loss"], until["below"], until.get("every", 20))
-    return Stage(
+    stage = Stage(
         name,
         tuple(listed),
         layers=None if layers is None else tuple(layers),
         until=until,
         **values,
     )
+    for loss in listed:
+        if loss in terms and not has_pair(terms[loss], stage):
+            raise InputError(
+                f"stage '{name}' trains student layers {', '.join(map(str, layers or ()))}, and "
+                f"the loss '{loss}' is of {', '.join(map(str, terms[loss].layers))}"
+            )
+    return stage

@@ -117,7 +117,9 @@ def fsd(
     """Intra-feature, local and global structure by CKA + soft labels.
 
     The paper's total is α·labels + (1 − α)·soft labels + β·(γ_i L_I + γ_l L_L + γ_g L_G); the
-    weights here are those products. Its final values for each task are not printed.
+    weights here are those products. Its final values for each task are not printed; the defaults
+    are 1 for every structure, soft labels alone (α = 0, as in the other recipes here; the paper
+    searches 0.2 to 0.7), and temperature 2 (the paper: 5 to 20).
 
     Args:
         layer_map: "penultimate" (the paper: student layer S − 1 from teacher layer T − 1; the only
@@ -170,19 +172,18 @@ def fsd(
     )
     notes = []
     if Weight(global_weight, "global_weight").maximum > 0:
-        length = max_length if max_length is not None else student.max_length
-        if length is None:
+        if max_length is None:
             raise InputError(
                 "the memories of recipe 'fsd' are as wide as the longest input: give max_length "
                 "in tokens, or global_weight=0"
             )
-        notes.append(_check_memory(clusters, length, student.width, teacher.width, len(pairs)))
+        notes.append(_check_memory(clusters, max_length, student.width, teacher.width, len(pairs)))
         memories = [
             Memory(
                 j,
                 ClusteredMemoryLoss(
                     clusters,
-                    length,
+                    max_length,
                     student.width,
                     teacher.width,
                     balance=memory_balance,
@@ -203,7 +204,9 @@ def _check_memory(clusters: int, length: int, width_s: int, width_t: int, pairs:
     import psutil
 
     values = pairs * clusters * length * width_s
-    size = pairs * memory_bytes(clusters, length, width_s, width_t)
+    # The fit holds some six values per value of its result, beside memories made before.
+    fit = (pairs + 6) * 4 * clusters * length * width_t
+    size = max(pairs * memory_bytes(clusters, length, width_s, width_t), fit)
     free = psutil.virtual_memory().available
     shown = (
         f"student memory {clusters} × {length} × {width_s}"

@@ -13,7 +13,13 @@ from kdfast.losses.layers import choose
 from kdfast.recipes.layer_map import layer_map as resolve_layer_map
 from kdfast.recipes.recipe import Recipe
 from kdfast.recipes.schedule import Stage, Threshold
-from kdfast.recipes.terms import AttentionTerm, HiddenTerm, check_heads, output_terms
+from kdfast.recipes.terms import (
+    AttentionTerm,
+    HiddenTerm,
+    check_cls,
+    check_heads,
+    output_terms,
+)
 
 SCHEDULES = ("simultaneous", "progressive", "stacked")
 
@@ -37,11 +43,13 @@ def internal(
     layer_steps: int | None = None,
     layer_epochs: float | None = None,
     soft_labels_throughout: bool = False,
+    layers: str = "sum",
+    padding: str = "masked",
 ) -> Recipe:
     """Attention-map KL + [CLS] (or token) cosine on mapped layers + soft labels.
 
-    The paper leaves open what its losses' heads, layers and relative weights are; here: mean over
-    heads and valid rows, sum over layers, weights 1 and 1 (what its re-implementation does).
+    The paper leaves open how its losses' heads are reduced and what their weights are; here: mean
+    over heads, weights 1 and 1 (what its re-implementation does).
 
     Args:
         schedule: "simultaneous", all layers and the outputs at once; "progressive" (PID), one layer
@@ -49,7 +57,8 @@ def internal(
             the pairs below stay in training. In the last stage of both, only the outputs train.
         layer_map: strategy or list of pairs, see kdfast.recipes.layer_map.
         cosine_rows: "cls" (the paper) or "tokens". Widths that differ meet in a learned projection.
-        temperature: of the soft labels only; attention maps are compared as they are.
+        temperature: of the soft labels only; attention maps are compared as they are. The paper's
+            is not known, the re-implementation's is 1; 2 is a usual value for few classes.
         relation_heads, match_heads: needed where head counts differ, see kdfast.attention_kl.
         cosine_threshold: a layer's stage is over when the cosine loss, summed over its active
             pairs, is below this; looked at every `check_every` steps. The paper's threshold is not
@@ -59,6 +68,9 @@ def internal(
             re-implementation); the outputs' stage also gets what the threshold saves.
         soft_labels_throughout: the outputs train in the layers' stages too. The paper trains them
             last.
+        layers: "sum" (the re-implementation's) or "mean" over layer pairs.
+        padding: "masked" (default: a padded token's row says nothing) or "counted", the
+            re-implementation's, whose attention rows of padded tokens count in the mean.
     """
     choose("schedule", schedule, SCHEDULES)
     pairs = tuple(sorted(resolve_layer_map(layer_map, student, teacher)))
@@ -83,7 +95,9 @@ def internal(
     outputs = tuple(terms)
     terms["attention_kl"] = AttentionTerm(
         attention_weight,
-        AttentionKLLoss(relation_heads=relation_heads, match_heads=match_heads),
+        AttentionKLLoss(
+            relation_heads=relation_heads, match_heads=match_heads, layers=layers, padding=padding
+        ),
         pairs,
     )
     terms["cosine"] = HiddenTerm(
@@ -93,11 +107,16 @@ def internal(
             student_width=student.width,
             teacher_width=teacher.width,
             pairs=len(pairs),
+            layers=layers,
         ),
         pairs,
         "[CLS] state by cosine" if cosine_rows == "cls" else "token states by cosine",
         token_aligned=cosine_rows == "tokens",
     )
+    if cosine_rows == "cls" and terms["cosine"].weight.maximum > 0:
+        check_cls(
+            student=student, teacher=teacher, instead="set cosine_rows=tokens, or cosine_weight=0"
+        )
     if terms["attention_kl"].weight.maximum > 0:
         check_heads(student, teacher, relation_heads=relation_heads, match_heads=match_heads)
     stages = []
@@ -110,17 +129,17 @@ def internal(
         until = None
         if cosine_threshold is not None:
             until = Threshold("cosine", cosine_threshold, check_every)
-        layers = sorted({i for i, _ in pairs})
+        trained = sorted({i for i, _ in pairs})
         stages = [
             Stage(
                 f"layer {layer}",
                 (*(outputs if soft_labels_throughout else ()), "attention_kl", "cosine"),
-                layers=(layer,) if schedule == "progressive" else tuple(layers[: k + 1]),
+                layers=(layer,) if schedule == "progressive" else tuple(trained[: k + 1]),
                 steps=layer_steps,
                 epochs=layer_epochs,
                 until=until,
             )
-            for k, layer in enumerate(layers)
+            for k, layer in enumerate(trained)
         ]
         stages.append(Stage("outputs", outputs))
     return Recipe("internal", terms, pairs, stages=stages)

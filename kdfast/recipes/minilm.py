@@ -4,6 +4,7 @@ L_AT: KL between the attention maps of the last layers. L_VR: KL between their v
 softmax(V Vᵀ / √d) per head. Both compare N × N maps, so widths need not agree.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,27 @@ class RelationTerm(Term):
         s = student.attention[self.student_layer - 1]
         t = teacher.attention[self.teacher_layer - 1]
         return self.loss(s.query, s.key, s.value, t.query, t.key, t.value, student.attention_mask)
+
+
+def check_relations(
+    student: ModelShape, teacher: ModelShape, relations: Sequence[str], heads: int | None
+) -> None:
+    """What relations of keys and values ask of models whose query heads share them."""
+    if set(relations) <= {"query"}:
+        return
+    shared = [s.key_value_heads or s.heads for s in (student, teacher)]
+    if heads is None and shared[0] != shared[1]:
+        raise InputError(
+            f"the student has {shared[0]} key-value heads and the teacher {shared[1]}: set "
+            "relation_heads to a number that divides the widths of both"
+        )
+    for role, shape, own in zip(("student", "teacher"), (student, teacher), shared, strict=True):
+        width = shape.width // shape.heads * own
+        if heads is not None and width % heads:
+            raise InputError(
+                f"relation_heads must divide the width of the {role}'s keys and values, {width} "
+                f"({own} heads), was {heads}"
+            )
 
 
 def last_pair(student: ModelShape, teacher: ModelShape, teacher_layer: int | None) -> LayerMap:
@@ -92,4 +114,5 @@ def minilm(
     )
     if any(terms[name].weight.maximum > 0 for name in ("attention_kl", "value_relations")):
         check_heads(student, teacher, relation_heads=relation_heads, ways=("relation_heads",))
+        check_relations(student, teacher, ("value",), relation_heads)
     return Recipe("minilm", terms, pair)

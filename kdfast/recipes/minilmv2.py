@@ -7,7 +7,7 @@ attention heads need agree.
 
 from kdfast.captured import ModelShape
 from kdfast.losses import RelationKLLoss
-from kdfast.recipes.minilm import RelationTerm, last_pair
+from kdfast.recipes.minilm import RelationTerm, check_relations, last_pair
 from kdfast.recipes.recipe import Recipe
 from kdfast.recipes.schedule import Weight
 from kdfast.recipes.terms import check_heads, output_terms
@@ -54,9 +54,16 @@ def minilmv2(
     pair = last_pair(student, teacher, teacher_layer)
     heads = relation_heads
     if heads is None:
-        heads = default_relation_heads(student.width, teacher.width)
+        # Of what the narrowest of queries, keys and values has.
+        widths = [
+            shape.width // shape.heads * (shape.key_value_heads or shape.heads)
+            for shape in (student, teacher)
+            if shape.heads
+        ]
+        heads = default_relation_heads(*widths) if len(widths) == 2 else 1
     if Weight(relation_weight).maximum > 0:
         check_heads(student, teacher, relation_heads=heads)
+        check_relations(student, teacher, ("query", "key", "value"), heads)
     terms = output_terms(
         student,
         teacher,

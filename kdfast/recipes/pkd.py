@@ -12,7 +12,8 @@ from kdfast.losses import HiddenMSELoss, SoftLabelLoss
 from kdfast.losses.layers import choose
 from kdfast.recipes.layer_map import layer_map as resolve_layer_map
 from kdfast.recipes.recipe import Recipe
-from kdfast.recipes.terms import HiddenTerm, output_terms
+from kdfast.recipes.schedule import Weight
+from kdfast.recipes.terms import HiddenTerm, check_cls, output_terms
 
 SOFT_LABEL_MEANS = ("elements", "rows")
 
@@ -61,6 +62,8 @@ def pkd(
         regression=student.regression,
         normalize=choose("soft_label_mean", soft_label_mean, SOFT_LABEL_MEANS),
     )
+    if Weight(patience_weight).maximum > 0:
+        check_cls(student=student, teacher=teacher, instead="choose recipe rkd or universal")
     terms["cls_mse"] = HiddenTerm(
         patience_weight,
         HiddenMSELoss(

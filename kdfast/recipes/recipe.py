@@ -22,12 +22,14 @@ class Term(nn.Module):
     token_aligned: compares token i of one model with token i of the other, so both must see the
     same token ids. unit: what its mean runs over, "samples", valid "tokens" or "labels"; micro-
     batches are weighted by their number of them. couples_samples: the loss of a batch is no mean of
-    its samples' losses, so the batch must be seen whole. layers: the student layers that it trains,
-    if it is made of layer pairs. describe: what the table at the start shows of it.
+    its samples' losses, so the batch must be seen whole. needs_labels: it cannot do without labels.
+    layers: the student layers that it trains, if it is made of layer pairs. describe: what the
+    table at the start shows of it.
     """
 
     needs = Needs()
     needs_teacher = True
+    needs_labels = False
     token_aligned = False
     unit = "samples"
     couples_samples = False
@@ -49,13 +51,14 @@ class Fitted(nn.Module):
     """A learned part that is fitted to the frozen teacher on the training data, before training.
 
     needs: what it reads of the teacher. passes: how often it reads the training data, of which it
-    wants least_rows. What it learns are buffers or parameters, saved with the recipe and kept for
-    other runs.
+    wants least_rows, and labels if needs_labels. What it learns are buffers or parameters, saved
+    with the recipe and kept for other runs.
     """
 
     needs = Needs(hidden_states=True)
     passes = 1
     least_rows = 1
+    needs_labels = False
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, beside teacher and data; JSON."""
@@ -111,8 +114,18 @@ class Recipe(nn.Module):
 
     @property
     def fitted(self) -> dict[str, Fitted]:
-        """The parts that need a pass over the training data first, by module name."""
-        return {n: m for n, m in self.named_modules() if isinstance(m, Fitted)}
+        """The parts that need a pass over the training data first, by name."""
+        return {
+            name.removeprefix("terms."): module
+            for name, module in self.named_modules()
+            if isinstance(module, Fitted)
+        }
+
+    @property
+    def needs_labels(self) -> list[str]:
+        """The terms and fitted parts that cannot do without labels."""
+        parts: Any = {**self.terms, **self.fitted}
+        return [name for name, part in parts.items() if part.needs_labels]
 
     def active(self, stage: int = 0) -> dict[str, Term]:
         return {name: self.terms[name] for name in self.stages[stage].terms}  # type: ignore[misc]
@@ -194,7 +207,7 @@ def _of_layers(stage: Stage) -> str:
     return f" of student layer{'s' if len(stage.layers) > 1 else ''} {which}"
 
 
-def _has_pair(term: Term, stage: Stage) -> bool:
+def has_pair(term: Term, stage: Stage) -> bool:
     """Whether a term made of layer pairs has one in the layers of this stage."""
     return stage.layers is None or not term.layers or bool(set(term.layers) & set(stage.layers))
 
@@ -211,9 +224,7 @@ def _stages(
                     f"stage '{stage.name}' of recipe '{recipe}' names the loss '{name}', which it "
                     f"has not{nearest(name, terms)}: it has {', '.join(terms)}"
                 )
-        active = tuple(
-            name for name in stage.terms if name in kept and _has_pair(kept[name], stage)
-        )
+        active = tuple(name for name in stage.terms if name in kept and has_pair(kept[name], stage))
         if active:
             found.append(dataclasses.replace(stage, terms=active))
     if stages and not found:

@@ -26,11 +26,12 @@ class LabelTerm(Term):
     """Cross-entropy on the labels (of every labelled token); mean squared error for regression."""
 
     needs_teacher = False
+    needs_labels = True
+    unit = "labels"
 
-    def __init__(self, weight: Any, *, regression: bool, token_logits: bool = False) -> None:
+    def __init__(self, weight: Any, *, regression: bool) -> None:
         super().__init__(weight, "student logits with labels")
         self.regression = regression
-        self.unit = "labels" if token_logits else "samples"
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
@@ -230,9 +231,7 @@ def output_terms(
 ) -> dict[str, Term]:
     """The terms on logits that every recipe offers; checks that both heads speak of the same."""
     terms: dict[str, Term] = {
-        "labels": LabelTerm(
-            label_weight, regression=student.regression, token_logits=student.token_logits
-        ),
+        "labels": LabelTerm(label_weight, regression=student.regression),
         "soft_labels": SoftLabelTerm(
             soft_label_weight,
             temperature=temperature,
@@ -266,15 +265,35 @@ def output_terms(
 def pooled(
     hidden: Sequence[torch.Tensor], mask: torch.Tensor | None, pool: str
 ) -> list[torch.Tensor]:
-    """[B, D] of each [B, N, D]: its [CLS] state, or the mean over valid tokens."""
+    """[B, D] of each [B, N, D]: the state of [CLS] or of the last valid token, or the mean over
+    valid tokens, in fp32."""
     if pool == "cls":
         return [h[:, 0] for h in hidden]
     if mask is None:
-        return [h.mean(1) for h in hidden]
-    weights = mask.to(hidden[0].dtype)[..., None]
-    return [(h * weights).sum(1) / weights.sum(1).clamp(min=1) for h in hidden]
+        return [h[:, -1] if pool == "last" else h.float().mean(1) for h in hidden]
+    if pool == "last":
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = (positions * mask.bool()).argmax(1)
+        return [h[torch.arange(len(h), device=h.device), last] for h in hidden]
+    weights = mask.float()[..., None]
+    return [(h.float() * weights).sum(1) / weights.sum(1).clamp(min=1) for h in hidden]
 
 
-def pool_of(shape: ModelShape, pool: str) -> str:
-    """ "cls" or "mean" as asked for; "auto" is what the model's own head reads."""
-    return shape.pool if choose("pool", pool, ("auto", "cls", "mean")) == "auto" else pool
+POOLS = ("auto", "cls", "mean", "last")
+
+
+def pool_of(shape: ModelShape, pool: str, role: str = "model") -> str:
+    """As asked for; "auto" is what the model's own head reads."""
+    if choose("pool", pool, POOLS) == "cls":
+        check_cls(**{role: shape}, instead="set pool to auto, mean or last")
+    return shape.pool if pool == "auto" else pool
+
+
+def check_cls(*, instead: str, **shapes: ModelShape) -> None:
+    """InputError, with what to do instead, for a model whose first state is no [CLS] state."""
+    for role, shape in shapes.items():
+        if not shape.has_cls:
+            raise InputError(
+                f"the first state of the {role} stands for one token, not for the sequence (a "
+                f"causal model, or one without attention), so it is no [CLS] state: {instead}"
+            )

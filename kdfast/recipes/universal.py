@@ -44,11 +44,12 @@ class PseudoClassifiers(nn.Module):
 
     def forward(self, captured: Captured) -> list[torch.Tensor]:
         """L − 1 tensors [B, C] of pseudo logits."""
-        # The classifiers are fp32 parameters of the recipe; states may come in half precision.
-        return [
-            classify(h.to(next(classify.parameters()).dtype))
-            for classify, h in zip(self.classifiers, self.states(captured), strict=True)
-        ]
+        # Fitted weights and biases cancel digits, which half precision has not: no autocast.
+        states = self.states(captured)
+        with torch.autocast(states[0].device.type, enabled=False):
+            return [
+                classify(h.float()) for classify, h in zip(self.classifiers, states, strict=True)
+            ]
 
 
 class FittedClassifiers(PseudoClassifiers, Fitted):
@@ -58,10 +59,17 @@ class FittedClassifiers(PseudoClassifiers, Fitted):
     `rows` training sentences, with the inverse penalty `c` (scikit-learn's C), then frozen.
     """
 
+    needs_labels = True
+
     def __init__(
         self, shape: ModelShape, classes: int, pool: str, *, regression: bool, c: float, rows: int
     ) -> None:
         super().__init__(shape, classes, pool)
+        if regression and classes != 1:
+            raise InputError(
+                f"pseudo classifiers are fitted to one value or to classes, and the teacher has "
+                f"{classes} values: set pseudo_classifiers to joint"
+            )
         self.requires_grad_(False)
         self.regression = regression
         self.c = c
@@ -85,9 +93,10 @@ class FittedClassifiers(PseudoClassifiers, Fitted):
                     "pseudo classifiers are fitted to labels and the training data has none "
                     "('labels')"
                 )
+            known = labels != -100
             for kept, h in zip(states, self.states(teacher), strict=True):
-                kept.append(h.float().cpu())
-            targets.append(labels.cpu())
+                kept.append(h[known].float().cpu())
+            targets.append(labels[known].cpu())
             if sum(map(len, targets)) >= self.rows:
                 break
         for module, kept in zip(self.classifiers, states, strict=True):
@@ -124,6 +133,8 @@ class PseudoLabelTerm(Term):
     """The teacher's pseudo classifiers learn the labels beside the student, the teacher nothing."""
 
     needs = Needs(hidden_states=True)
+    needs_labels = True
+    unit = "labels"
 
     def __init__(self, weight: Any, classifiers: PseudoClassifiers, *, regression: bool) -> None:
         super().__init__(
@@ -225,23 +236,25 @@ def universal(
 
     Args:
         label_share: the share of the run that trains on labels alone at the end; 0 leaves it out.
+            0.3 is our choice: most of the run for what the method is about.
         capacity_gap: for a student much smaller than its teacher. The teacher's pseudo classifiers
             stand in for teacher assistants: the student's own logits attend over all outputs of the
             teacher, pseudo and real, and the student gets no pseudo classifiers.
         pseudo_classifiers: how the teacher's are trained, which the paper's text is not known to
             say. "fitted" (the default): on the labels, before the student, then frozen; what DIH
             (Asadian & Salehi-Abari 2021) documents for heads on intermediate teacher layers.
-            "joint": on the labels beside the student. "free": from the projection alone, as the
-            known re-implementation has it; both sides may then meet anywhere. The student's learn
+            "joint": on the labels beside the student. "free": from the projection alone, as in the
+            known re-implementation (whose classifiers have no bias and, by default, as many outputs
+            as the student has features); both sides may then meet anywhere. The student's learn
             from the projection in every case.
         pseudo_label_weight: of the labels in "joint".
         pseudo_c, pseudo_rows: inverse penalty and number of sentences in "fitted".
         pseudo_temperature: of the projection's KL.
-        pool: the state that pseudo classifiers read: "cls", "mean" over valid tokens, or "auto",
-            what the model's own head reads.
+        pool: the state that pseudo classifiers read: "cls", "mean" over valid tokens, the "last"
+            token's, or "auto", what the model's own head reads.
         attend: "states" mixes the teacher's logits (the better one in the paper's ablation),
             "losses" mixes per-layer losses.
-        temperature: of the soft labels.
+        temperature: of the soft labels; the paper's is not known, 2 is a usual value.
     """
     if student.classes is None or student.classes != teacher.classes or student.token_logits:
         kind = " a token" if student.token_logits else ""
@@ -257,7 +270,7 @@ def universal(
         raise ValueError(
             f"pseudo_c and pseudo_rows must be above 0, were {pseudo_c} and {pseudo_rows}"
         )
-    pools = [pool_of(shape, pool) for shape in (student, teacher)]
+    pools = [pool_of(student, pool, "student"), pool_of(teacher, pool, "teacher")]
     of_student = None if capacity_gap else PseudoClassifiers(student, student.classes, pools[0])
     if pseudo_classifiers == "fitted":
         of_teacher: PseudoClassifiers = FittedClassifiers(

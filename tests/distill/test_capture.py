@@ -194,12 +194,12 @@ def test_non_reentrant_checkpointing_keeps_gradients_and_records_each_layer_once
 def test_reentrant_checkpointing_is_refused_instead_of_training_nothing():
     model = tiny()
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    with (
-        Capture(model, Needs(attention=True)) as capture,
-        pytest.raises(RuntimeError, match="use_reentrant"),
-    ):
-        capture(batch())
+    with Capture(model, Needs(attention=True)) as capture:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(RuntimeError, match="use_reentrant"):
+            capture(batch())
+    with pytest.raises(InputError, match="reentrant"):
+        Capture(model, Needs(hidden_states=True))
 
 
 def test_a_frozen_student_layer_is_no_reentrant_checkpointing():

@@ -28,6 +28,8 @@ SCRIPT = """
     for module in student.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    if recipe == "embedding":  # models without a head
+        teacher, student = teacher.bert, student.bert
     trainer = DistillationTrainer(
         model=student,
         teacher=teacher,
@@ -56,6 +58,8 @@ SCRIPT = """
     [
         # Means over tokens, stages of which the first reach no head, weight decay meanwhile.
         ("internal", '{"schedule": "stacked", "cosine_rows": "tokens"}'),
+        # Outputs other than logits, a pooler that no loss reaches.
+        ("embedding", "{}"),
         # Losses that couple samples, a memory, parameters of the recipe's own.
         (
             "custom",
@@ -78,7 +82,7 @@ def test_two_processes_train_what_one_trains_on_the_joined_batch(
         )
         assert result.returncode == 0, result.stderr[-6000:]
     names = ["model.safetensors", "kdfast_state.safetensors"]
-    for name in names:
+    for name in names[:1] if recipe == "embedding" else names:
         one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)

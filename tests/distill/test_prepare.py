@@ -118,14 +118,3 @@ def test_fewer_sentences_than_centroids_are_refused_before_the_first_step(make_t
     with pytest.raises(InputError, match="clusters is 41, .*samples, 40"):
         trainer.train()
     assert trainer.state.global_step == 0
-
-
-def test_pseudo_classifiers_need_labels(make_trainer):
-    trainer = make_trainer("universal", label_share=0.0)
-    trainer.train_dataset = trainer.train_dataset.remove_columns("labels")
-    collate = trainer.data_collator
-    trainer.data_collator = lambda rows: {
-        k: v for k, v in collate([{**r, "labels": 0} for r in rows]).items() if k != "labels"
-    }
-    with pytest.raises(InputError, match="fitted to labels"):
-        trainer.train()

@@ -61,7 +61,9 @@ def test_stages_share_the_steps_that_others_leave(lengths, expected):
 
 
 def test_stages_that_leave_the_last_one_nothing_are_refused():
-    with pytest.raises(InputError, match="10 steps are too few .*first 9, second 3, last -2"):
+    with pytest.raises(
+        InputError, match="a run of 10 steps is too short .*first 9, second 3, last -2"
+    ):
         stage_steps(
             [
                 Stage("first", ("a",), steps=9),
@@ -234,6 +236,34 @@ def test_the_learning_rate_and_the_optimizers_moments_begin_anew_where_a_stage_s
     rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
     half = [0.0, 0.5e-3, 1e-3, 0.5e-3]
     assert rates == pytest.approx(half + half, abs=1e-9)
+
+
+def test_a_schedule_with_a_lowest_rate_restarts_to_that_rate(make_trainer):
+    trainer = make_trainer(
+        recipe="universal",
+        recipe_options={"label_share": 0.5},
+        max_steps=8,
+        learning_rate=2e-5,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 1e-5},
+        save_strategy="no",
+    )
+    trainer.train()
+    rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+    assert rates[:4] == pytest.approx(rates[4:]) and min(rates) > 1e-5
+
+
+def test_too_few_steps_for_the_stages_are_said_before_anything_is_fitted(make_trainer):
+    trainer = make_trainer(
+        recipe="custom",
+        recipe_options={
+            "losses": [{"loss": "global", "clusters": 8}],
+            "stages": [{"steps": 9}, {"name": "end"}],
+        },
+    )
+    with pytest.raises(InputError, match="too short"):
+        trainer.train()
+    assert trainer._prepared is None
 
 
 @pytest.mark.slow

@@ -460,3 +460,101 @@ def test_a_missing_teacher_is_refused(tmp_path, teacher, tokenizer, train):
 def test_a_model_cannot_teach_itself(tmp_path, teacher):
     with pytest.raises(InputError, match="same object"):
         DistillationTrainer(model=teacher, teacher=teacher, args=arguments(tmp_path))
+
+
+def test_rows_without_a_label_do_not_count_in_accumulated_batches(
+    tmp_path, teacher, tokenizer, train
+):
+    labels = [-100 if k % 3 == 0 else label for k, label in enumerate(train["labels"])]
+    rows = train.remove_columns("labels").add_column("labels", labels).select(range(12))
+    gradients = []
+    for batch, steps in ((12, 1), (3, 4)):
+        student = student_of(teacher)
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = trainer_for(
+            *(tmp_path, teacher, tokenizer, rows, student),
+            recipe="labels",
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+        )
+        gradients.append(first_gradient(trainer))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["alp", "internal"])
+def test_a_narrower_student_in_half_precision_trains(recipe, tmp_path, teacher, tokenizer, train):
+    student = cut_student(teacher, 2, width=16, label_names=["neg", "pos"]).to(torch.bfloat16)
+    options = {} if recipe == "alp" else {"cosine_rows": "tokens", "relation_heads": 4}
+    trainer = trainer_for(
+        *(tmp_path, teacher, tokenizer, train, student), recipe=recipe, recipe_options=options
+    )
+    trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_scheduler_of_ones_own_is_refused_where_it_would_miss_parameters_or_stages(
+    tmp_path, teacher, tokenizer, train
+):
+    def with_scheduler(recipe, **options):
+        trainer = trainer_for(
+            *(tmp_path, teacher, tokenizer, train), recipe=recipe, recipe_options=options
+        )
+        optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+        trainer.optimizer = optimizer
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        return trainer
+
+    with pytest.raises(InputError, match="parameters of its own"):
+        with_scheduler("universal", label_share=0.0).train()
+    with pytest.raises(InputError, match="begins anew with stage 'labels'"):
+        with_scheduler("annealing").train()
+    with_scheduler("internal").train()
+
+
+def test_a_checkpoint_of_other_options_is_not_resumed(tmp_path, teacher, tokenizer, train):
+    options = {"schedule": "stacked"}
+    trainer_for(tmp_path, teacher, tokenizer, train, recipe_options=options).train()
+    other = trainer_for(
+        *(tmp_path, teacher, tokenizer, train), recipe_options={"schedule": "progressive"}
+    )
+    with pytest.raises(InputError, match="schedule 'stacked', and this one has 'progressive'"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_link_of_a_chain_is_not_trained_from_its_far_end(tmp_path, teacher, tokenizer, train):
+    with pytest.raises(InputError, match="one link of that chain"):
+        trainer_for(
+            *(tmp_path, teacher, tokenizer, train),
+            recipe="takd",
+            recipe_options={"assistants": [3]},
+        )
+
+
+def test_a_student_that_shares_parameters_with_its_teacher_is_refused(
+    tmp_path, teacher, tokenizer, train
+):
+    student = student_of(teacher)
+    student.bert.embeddings = teacher.bert.embeddings
+    with pytest.raises(InputError, match="shares .* parameters with teacher"):
+        trainer_for(tmp_path, teacher, tokenizer, train, student)
+
+
+def test_what_labels_are_missing_for_is_said_before_anything_is_fitted(
+    tmp_path, teacher, tokenizer, train
+):
+    rows = train.remove_columns("labels")
+    trainer = trainer_for(tmp_path, teacher, tokenizer, rows, recipe="universal")
+    with pytest.raises(InputError, match="classification and projection.teacher .*no|has none"):
+        trainer.train()
+
+
+def test_reentrant_checkpointing_set_on_the_model_itself_is_refused(
+    tmp_path, teacher, tokenizer, train
+):
+    student = student_of(teacher)
+    student.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(InputError, match="reentrant"):
+        trainer_for(tmp_path, teacher, tokenizer, train, student)

@@ -38,6 +38,6 @@ def captured():
 def shapes():
     """A 2-layer student and a 6-layer teacher, width 8, 2 heads, 3 classes."""
     return (
-        ModelShape(layers=2, width=8, heads=2, classes=3, max_length=N),
-        ModelShape(layers=6, width=8, heads=2, classes=3, max_length=N),
+        ModelShape(layers=2, width=8, heads=2, classes=3),
+        ModelShape(layers=6, width=8, heads=2, classes=3),
     )

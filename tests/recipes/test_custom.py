@@ -17,7 +17,7 @@ def custom(shapes, losses, **options):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_can_be_had_alone(name, shapes, captured):
-    recipe = custom(shapes, [{"loss": name, "weight": 0.5}])
+    recipe = custom(shapes, [{"loss": name, "weight": 0.5}], max_length=5)
     assert list(recipe.terms) == [name]
     for part in recipe.fitted.values():
         part.stand_in()
@@ -84,6 +84,14 @@ def test_the_stages_of_one_recipe_hold_for_the_others_too(shapes):
     assert recipe.stages[0].until.term == "internal_cosine"
 
 
+def test_joint_pseudo_classifiers_bring_their_labels_along(shapes):
+    recipe = custom(shapes, [{"loss": "pseudo_projection", "pseudo_classifiers": "joint"}])
+    assert set(recipe.terms) == {
+        "pseudo_projection_projection",
+        "pseudo_projection_pseudo_labels",
+    }
+
+
 def test_stages_of_ones_own(shapes, captured):
     recipe = custom(
         shapes,
@@ -124,8 +132,10 @@ def test_stages_of_ones_own(shapes, captured):
         ([{"loss": "cosine"}], [{"losses": ["cosin"]}], "did you mean 'cosine'"),
         ([{"loss": "cosine"}], [{"layers": [3]}], "student layer 3"),
         ([{"loss": "cosine"}], [{"shares": 1}], "did you mean 'share'"),
-        ([{"loss": "cosine", "layer_map": [[1, 2]]}], [{"layers": [2]}], "trains anything"),
+        ([{"loss": "cosine", "layer_map": [[1, 2]]}], [{"layers": [2]}], "is of 1"),
         ([{"loss": "cosine"}], [{"until": {"loss": "cosine"}}], "below"),
+        ([{"loss": "cosine"}], [{"until": {"loss": "cosine", "below": 1, "evry": 3}}], "every"),
+        ([{"loss": "cosine"}], [{"losses": "cosine"}], "must be a list"),
         ([{"loss": "cosine"}], [{"until": {"loss": "labels", "below": 1}}], "does not train"),
         (
             [{"loss": "cosine"}, {"loss": "labels"}],

@@ -375,12 +375,25 @@ def test_attention_of_a_student_that_has_none_is_refused(shapes, name):
         build_recipe(name, dataclasses.replace(shapes[0], heads=0), shapes[1])
 
 
-@pytest.mark.parametrize("name", ["pkd", "distilbert", "hidden", "rkd", "annealing", "takd"])
+@pytest.mark.parametrize("name", ["distilbert", "hidden", "rkd", "annealing", "takd"])
 def test_a_student_without_attention_learns_from_states_and_outputs(captured, shapes, name):
     student = dataclasses.replace(shapes[0], heads=0, pool="mean")
     recipe = build_recipe(name, student, shapes[1])
     losses = all_losses(recipe, captured(student), captured(shapes[1]))
     assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+
+
+def test_shared_key_value_heads_are_asked_for_relation_heads_that_fit_them(shapes):
+    student, teacher = (
+        dataclasses.replace(shape, width=16, heads=4, key_value_heads=kv)
+        for shape, kv in zip(shapes, (1, 2), strict=True)
+    )
+    with pytest.raises(InputError, match="1 key-value heads and the teacher 2"):
+        build_recipe("minilm", student, teacher)
+    with pytest.raises(InputError, match="student's keys and values, 4"):
+        build_recipe("minilm", student, teacher, relation_heads=8)
+    assert build_recipe("minilm", student, teacher, relation_heads=4).terms
+    assert build_recipe("minilmv2", student, teacher).terms["relations"].loss.relation_heads == 1
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,13 @@ from kdfast.recipes import RECIPES, build_recipe
 from kdfast.recipes.layer_map import layer_map
 from kdfast.recipes.schedule import Moment
 
-STUDENT = ModelShape(layers=2, width=8, heads=2, classes=3, max_length=5)
-TEACHER = ModelShape(layers=6, width=8, heads=2, classes=3, max_length=5)
+STUDENT = ModelShape(layers=2, width=8, heads=2, classes=3)
+TEACHER = ModelShape(layers=6, width=8, heads=2, classes=3)
 # What a recipe cannot do without.
-OPTIONS = {"custom": {"losses": [{"loss": "cosine"}, {"loss": "soft_labels", "weight": 0.5}]}}
+OPTIONS = {
+    "custom": {"losses": [{"loss": "cosine"}, {"loss": "soft_labels", "weight": 0.5}]},
+    "fsd": {"max_length": 5},
+}
 
 
 def shape(layers):
@@ -224,7 +227,7 @@ def test_fitted_pseudo_classifiers_are_logistic_regressions_of_the_labels(captur
     torch.manual_seed(0)
     recipe = build_recipe("universal", STUDENT, TEACHER, pseudo_c=0.1)
     batches = [(captured(TEACHER, rows=32), torch.randint(3, (32,))) for _ in range(3)]
-    part = recipe.fitted["terms.projection.teacher"]
+    part = recipe.fitted["projection.teacher"]
     with torch.no_grad():
         part.fit(lambda: batches)
     x = torch.cat([c.hidden_states[2][:, 0] for c, _ in batches]).numpy()
@@ -244,7 +247,7 @@ def test_fitted_pseudo_classifiers_are_logistic_regressions_of_the_labels(captur
 @pytest.mark.parametrize("seen", [[0, 2], [1]])
 def test_pseudo_classifiers_of_classes_that_no_sentence_has_are_never_chosen(captured, seen):
     recipe = build_recipe("universal", STUDENT, TEACHER)
-    part = recipe.fitted["terms.projection.teacher"]
+    part = recipe.fitted["projection.teacher"]
     teacher = captured(TEACHER, rows=12)
     labels = torch.tensor(seen)[torch.arange(12) % len(seen)]
     with torch.no_grad():
@@ -340,7 +343,10 @@ def test_a_narrower_student_uses_the_projection_of_the_layer_in_training(capture
 
 
 def test_fsd_global_is_the_memory_loss_of_the_penultimate_layer(captured):
-    recipe = fit(build_recipe("fsd", STUDENT, TEACHER, clusters=5, memory_balance=0.25), captured)
+    recipe = fit(
+        build_recipe("fsd", STUDENT, TEACHER, max_length=5, clusters=5, memory_balance=0.25),
+        captured,
+    )
     student, teacher = captured(STUDENT), captured(TEACHER)
     loss = recipe.terms["global"].memories[0].loss
     found = recipe(student, teacher, None)["global"]
@@ -354,7 +360,9 @@ def test_fsd_global_is_the_memory_loss_of_the_penultimate_layer(captured):
 
 def test_a_memory_is_fitted_to_the_samples_and_read_back(captured):
     """Sentences of two kinds: two centroids, each the mean of its kind."""
-    recipe, again = (build_recipe("fsd", STUDENT, TEACHER, clusters=2) for _ in range(2))
+    recipe, again = (
+        build_recipe("fsd", STUDENT, TEACHER, max_length=5, clusters=2) for _ in range(2)
+    )
     (part,), (other,) = recipe.fitted.values(), again.fitted.values()
     one = captured(TEACHER, rows=8)
     states = list(one.hidden_states)
@@ -371,11 +379,11 @@ def test_a_memory_is_fitted_to_the_samples_and_read_back(captured):
 
 
 def test_a_memory_too_large_for_this_machine_is_refused_with_its_size():
-    student = dataclasses.replace(STUDENT, width=768, max_length=512)
+    student = dataclasses.replace(STUDENT, width=768)
     with pytest.raises(InputError, match="GB"):
-        build_recipe("fsd", student, TEACHER, clusters=10_000_000)
+        build_recipe("fsd", student, TEACHER, clusters=10_000_000, max_length=512)
     with pytest.raises(InputError, match="max_length"):
-        build_recipe("fsd", dataclasses.replace(STUDENT, max_length=None), TEACHER)
+        build_recipe("fsd", STUDENT, TEACHER)
 
 
 def test_alp_projects_all_teacher_layers_on_each_student_layer(captured):
@@ -430,8 +438,75 @@ def test_token_classifiers_learn_the_distribution_of_every_valid_token(captured)
 def test_attention_losses_on_a_model_without_attention_are_refused():
     student = ModelShape(layers=2, width=8, heads=0, classes=3)
     with pytest.raises(InputError, match="student has no attention"):
-        build_recipe("internal", student, TEACHER)
-    assert "cosine" in build_recipe("internal", student, TEACHER, attention_weight=0.0).terms
+        build_recipe("internal", student, TEACHER, cosine_rows="tokens")
+    options = {"attention_weight": 0.0, "cosine_rows": "tokens"}
+    assert "cosine" in build_recipe("internal", student, TEACHER, **options).terms
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dataclasses.replace(STUDENT, heads=0, pool="mean"),
+        dataclasses.replace(STUDENT, pool="last"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("internal", {"attention_weight": 0.0}),
+        ("alp", {}),
+        ("pkd", {}),
+        ("universal", {"pool": "cls"}),
+    ],
+)
+def test_the_first_state_of_a_model_without_cls_is_not_taken_for_it(shape, name, options):
+    with pytest.raises(InputError, match="first state of the student"):
+        build_recipe(name, shape, TEACHER, **options)
+
+
+def test_pseudo_classifiers_of_causal_models_read_the_last_token(captured):
+    shape = dataclasses.replace(TEACHER, pool="last")
+    part = build_recipe("universal", STUDENT, shape).fitted["projection.teacher"]
+    teacher = captured(TEACHER)
+    found = part.states(teacher)[1]
+    expected = [teacher.hidden_states[2][row, last] for row, last in enumerate([2, 4, 4, 4])]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_pseudo_classifiers_keep_their_digits_under_autocast(captured):
+    recipe = fit(build_recipe("universal", STUDENT, TEACHER, pseudo_c=1.0), captured)
+    part = recipe.fitted["projection.teacher"]
+    teacher = captured(TEACHER)
+    far = tuple(h + 100 for h in teacher.hidden_states)
+    teacher = dataclasses.replace(teacher, hidden_states=far)
+    expected = part(teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        for found, wanted in zip(part(teacher), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_pseudo_classifiers_cannot_be_fitted_without_labels(captured):
+    part = build_recipe("universal", STUDENT, TEACHER).fitted["projection.teacher"]
+    with pytest.raises(InputError, match="fitted to labels"):
+        part.fit(lambda: [(captured(TEACHER), None)])
+
+
+def test_rows_without_a_label_are_left_out_of_the_fit(captured):
+    parts = [
+        build_recipe("universal", STUDENT, TEACHER).fitted["projection.teacher"] for _ in range(2)
+    ]
+    teacher, labels = captured(TEACHER, rows=12), torch.arange(12) % 3
+    whole = dataclasses.replace(
+        teacher,
+        hidden_states=tuple(h[:9] for h in teacher.hidden_states),
+        attention_mask=teacher.attention_mask[:9],
+    )
+    with torch.no_grad():
+        parts[0].fit(lambda: [(whole, labels[:9])])
+        labels[9:] = -100
+        parts[1].fit(lambda: [(teacher, labels)])
+    for one, two in zip(*(part(teacher) for part in parts), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_terms_of_weight_zero_are_neither_computed_nor_captured_for():
@@ -459,6 +534,9 @@ def test_terms_of_weight_zero_are_neither_computed_nor_captured_for():
         ("universal", {"label_share": 1.0}, "label_share"),
         ("internal", {"schedule": "stackd"}, "simultaneous, progressive, stacked"),
         ("internal", {"cosine_threshold": 0.1}, "schedule"),
+        ("internal", {"layer_steps": "3", "schedule": "stacked"}, "whole number"),
+        ("fsd", {"clusters": 4.5}, "whole number"),
+        ("minilmv2", {"relation_heads": "4"}, "whole number"),
         ("internal", {"attention_weight": [[0.5, 1], [0.1, 2]]}, "rise in progress"),
         ("alp", {"scale": "wide"}, "width"),
         ("fsd", {"estimator": "unbiased"}, "one_minus"),
