@@ -136,7 +136,11 @@ clean:  ## remove build outputs and caches; the environment and runs/ stay
 # torch comes first and the project is built against it, hence no build isolation.
 # No warnings of conflicts: they would be those of the demo's packages, of which only files are read.
 pip := $(VENV)/bin/pip --disable-pip-version-check install --no-warn-conflicts -c constraints.txt
-project := $(pip) --no-build-isolation --editable
+# The CUDA library takes minutes to compile, and runs only where there is a driver; the tests compile
+# its sources everywhere.
+comma := ,
+libraries := $(or $(KDFAST_BUILD),$(if $(shell command -v nvidia-smi),cpu$(comma)cuda,cpu))
+project := KDFAST_BUILD=$(libraries) $(pip) --no-build-isolation --editable
 
 sources := $(wildcard csrc/*.h csrc/*/*)
 

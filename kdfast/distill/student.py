@@ -48,7 +48,7 @@ from kdfast.distill.trainer import (
     remove_partial_checkpoints,
 )
 from kdfast.errors import InputError
-from kdfast.recipes import Recipe
+from kdfast.recipes import Recipe, build_recipe
 from kdfast.recipes.layer_map import layer_map
 
 SETTINGS_FILE = "kdfast_settings.json"
@@ -456,8 +456,13 @@ def try_one_step(setup: Setup, way: Way, seed: int, folder: Path, rows: int) -> 
     rows: of the training data that the few stand for.
     """
     try:
-        for layers in way.options.get("assistants") or []:
-            replace(setup, student_config=replace(way.student, layers=layers)).student(seed)
+        if assistants := way.options.get("assistants"):
+            # The chain as a whole, and a step of its last link, here from the first teacher.
+            shapes = model_shape(setup.student(seed)), model_shape(setup.teacher)
+            build_recipe(way.recipe, *shapes, **way.options)
+            for layers in assistants:
+                replace(setup, student_config=replace(way.student, layers=layers)).student(seed)
+            way = replace(way, options={**way.options, "assistants": None})
         args = arguments(way, rows, folder, seed)
         steps = args.max_steps
         values = {

@@ -262,7 +262,7 @@ def test_a_run_cut_off_after_its_last_step_is_scored_without_training_on(setting
         ("teacher_training.arguments.optim=nothing", "nothing"),
         ("data=3", "data: input should be a dictionary, was 3"),
         ("student.layers=two", "student: layers must be a number, a list of them, first:K"),
-        ("recipe={name: internal, schedule: stacked, layer_steps: 9}", "too few for the stages"),
+        ("recipe={name: internal, schedule: stacked, layer_steps: 9}", "too short for the stages"),
         ("recipe={name: fsd, clusters: 100}", "fitted to at least 100 training rows"),
         ("recipe={name: fsd, label: a b}", "label must be made of letters"),
         ("quick=1", "quick must be true or false"),
