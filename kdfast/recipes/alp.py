@@ -101,13 +101,7 @@ def alp(
     if isinstance(scale, str):
         choose("scale", scale, ("width",))
     factor = teacher.width**-0.5 if isinstance(scale, str) else scale
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     if rows == "cls" and Weight(projection_weight).maximum > 0:
         check_cls(student=student, teacher=teacher, instead="set rows=tokens")
     terms["projection"] = LayerProjectionTerm(

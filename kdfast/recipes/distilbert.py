@@ -25,13 +25,7 @@ def distilbert(
     1) and temperature are the known ones of its pre-training, where τ²·KL is a mean over words.
     Widths that differ, which the paper does not have, meet in a learned projection.
     """
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     pairs = ((student.layers, teacher.layers),)
     terms["cosine"] = HiddenTerm(
         cosine_weight,

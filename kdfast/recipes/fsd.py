@@ -142,13 +142,7 @@ def fsd(
     if layer_map == "penultimate":
         layer_map = [[max(1, student.layers - 1), max(1, teacher.layers - 1)]]
     pairs = resolve_layer_map(layer_map, student, teacher)
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     terms["intra"] = HiddenTerm(
         intra_weight,
         CKALoss("tokens", estimator=estimator, form=form, padding=padding),

@@ -36,13 +36,7 @@ def hidden(
         temperature: of the soft labels.
     """
     pairs = resolve_layer_map(layer_map, student, teacher)
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     terms["hidden_cka"] = HiddenTerm(
         cka_weight,
         CKALoss("all_tokens", form="one_minus_root", layers="sum"),

@@ -85,13 +85,7 @@ def internal(
                     f"{option} ends the stages of schedule 'progressive' or 'stacked'; schedule "
                     "'simultaneous' has none"
                 )
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     outputs = tuple(terms)
     terms["attention_kl"] = AttentionTerm(
         attention_weight,

@@ -9,7 +9,7 @@ def labels(student: ModelShape, teacher: ModelShape) -> Recipe:
     """Fine-tuning on labels; the teacher is not run."""
     return Recipe(
         "labels",
-        output_terms(student, teacher, label_weight=1.0, soft_label_weight=0.0, temperature=1.0),
+        output_terms(student, teacher, 1.0, 0.0, 1.0),
     )
 
 
@@ -24,11 +24,5 @@ def soft_labels(
     """τ²·KL between the output distributions (Hinton et al. 2015), optionally with the labels."""
     return Recipe(
         "soft_labels",
-        output_terms(
-            student,
-            teacher,
-            label_weight=label_weight,
-            soft_label_weight=soft_label_weight,
-            temperature=temperature,
-        ),
+        output_terms(student, teacher, label_weight, soft_label_weight, temperature),
     )

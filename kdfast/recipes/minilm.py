@@ -99,13 +99,7 @@ def minilm(
         temperature: of the soft labels.
     """
     pair = last_pair(student, teacher, teacher_layer)
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     terms["attention_kl"] = AttentionTerm(
         attention_weight, AttentionKLLoss(relation_heads=relation_heads), pair
     )

@@ -64,12 +64,6 @@ def minilmv2(
     if Weight(relation_weight).maximum > 0:
         check_heads(student, teacher, relation_heads=heads)
         check_relations(student, teacher, ("query", "key", "value"), heads)
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     terms["relations"] = RelationTerm(relation_weight, RelationKLLoss(heads), pair)
     return Recipe("minilmv2", terms, pair)

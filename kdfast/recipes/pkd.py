@@ -50,13 +50,7 @@ def pkd(
     pairs = resolve_layer_map(layer_map, student, teacher)
     if layer_map == "last":
         pairs = pairs[:-1]
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     terms["soft_labels"].loss = SoftLabelLoss(
         temperature,
         regression=student.regression,

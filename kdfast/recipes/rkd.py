@@ -81,13 +81,7 @@ def rkd(
         for shape in (student, teacher)
     )
     pools = of_student, of_teacher
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     terms["rkd_distance"] = RelationalTerm(
         distance_weight, RKDLoss(1.0, 0.0), pairs, pools, "distances"
     )

@@ -35,13 +35,7 @@ def takd(
     chain = _chain([] if assistants is None else assistants, student.layers, teacher.layers)
     recipe: Any = Recipe(
         "takd",
-        output_terms(
-            student,
-            teacher,
-            label_weight=label_weight,
-            soft_label_weight=soft_label_weight,
-            temperature=temperature,
-        ),
+        output_terms(student, teacher, label_weight, soft_label_weight, temperature),
         notes=[
             f"assistants of {', '.join(map(str, chain))} layers"
             if chain

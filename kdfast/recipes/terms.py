@@ -224,7 +224,6 @@ def logits_of(captured: Captured, role: str) -> torch.Tensor:
 def output_terms(
     student: ModelShape,
     teacher: ModelShape,
-    *,
     label_weight: Any,
     soft_label_weight: Any,
     temperature: float,

@@ -73,13 +73,7 @@ def tinybert(
         raise ValueError(f"prediction_share must be between 0 and 1, was {prediction_share}")
     pairs = resolve_layer_map(layer_map, student, teacher)
     states = ((0, 0), *pairs)
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     outputs = tuple(terms)
     if not student.regression:
         terms["soft_labels"].loss = SoftLabelLoss(

@@ -283,13 +283,7 @@ def universal(
         )
     else:
         of_teacher = PseudoClassifiers(teacher, student.classes, pools[1])
-    terms = output_terms(
-        student,
-        teacher,
-        label_weight=label_weight,
-        soft_label_weight=soft_label_weight,
-        temperature=temperature,
-    )
+    terms = output_terms(student, teacher, label_weight, soft_label_weight, temperature)
     terms["projection"] = PseudoProjectionTerm(
         projection_weight,
         # One logit has a constant softmax: regression compares values.

@@ -188,6 +188,9 @@ class StudentWithHead(Student):
     """A student of `body_class` and a linear head on its last states."""
 
     body_class: type[StudentModel]
+    output: Any
+    read: Any
+    loss: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -197,10 +200,6 @@ class StudentWithHead(Student):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-
-class StudentForSequenceClassification(StudentWithHead):
-    """One answer a sentence, from its pooled last states; one output is a regression."""
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -211,48 +210,40 @@ class StudentForSequenceClassification(StudentWithHead):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """logits [B, C] and, with labels [B] (or [B, C] of several at once), their loss."""
+        """logits and, with labels, their loss; shapes as the class says."""
         body = self.base_model(
             input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions
         )
-        pooled = pool(body.last_hidden_state, attention_mask, self.config.pooling)
-        logits = self.classifier(self.dropout(pooled))
-        output = SequenceClassifierOutput(
-            loss=None
-            if labels is None
-            else self.loss_function(labels=labels, pooled_logits=logits, config=self.config),
-            logits=logits,
-            hidden_states=body.hidden_states,
-        )
+        read = self.read(body.last_hidden_state, attention_mask)
+        logits = self.classifier(self.dropout(read))
+        loss = None if labels is None else self.loss(logits, labels)
+        output = self.output(loss=loss, logits=logits, hidden_states=body.hidden_states)
         return output.to_tuple() if return_dict is False else output
+
+
+class StudentForSequenceClassification(StudentWithHead):
+    """One answer a sentence, logits [B, C], from its pooled last states; labels are [B], or [B, C]
+    of several at once. One output is a regression."""
+
+    output = SequenceClassifierOutput
+
+    def read(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return pool(states, attention_mask, self.config.pooling)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
 
 
 class StudentForTokenClassification(StudentWithHead):
-    """One answer a token, from its last state."""
+    """One answer a token, logits [B, N, C], from its last state; labels are [B, N], −100 = none."""
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> Any:
-        """logits [B, N, C] and, with labels [B, N] (−100 = none), their cross-entropy."""
-        body = self.base_model(
-            input_ids, attention_mask, token_type_ids, output_hidden_states, output_attentions
-        )
-        logits = self.classifier(self.dropout(body.last_hidden_state))
-        output = TokenClassifierOutput(
-            loss=None
-            if labels is None
-            else self.loss_function(logits=logits, labels=labels, config=self.config),
-            logits=logits,
-            hidden_states=body.hidden_states,
-        )
-        return output.to_tuple() if return_dict is False else output
+    output = TokenClassifierOutput
+
+    def read(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return states
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.loss_function(logits=logits, labels=labels, config=self.config)
 
 
 def pool(

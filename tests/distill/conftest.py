@@ -2,13 +2,20 @@
 
 import random
 
+import datasets
 import pytest
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
 )
+
+from kdfast import DistillationArguments, DistillationTrainer
+from kdfast.distill.data import DistillationCollator, tokenize
+from kdfast.distill.models import cut_student
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the", "a", "is", "was"]
 
@@ -69,3 +76,42 @@ def make_tiny_bert():
 @pytest.fixture
 def make_sentences():
     return sentences
+
+
+@pytest.fixture
+def teacher(tiny_bert):
+    return AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, tiny_bert, teacher):
+    """Trainers of the same 2-layer student on the same 48 sentences, by their arguments."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    texts, labels = zip(*sentences(48), strict=True)
+    numbers = [int(label == "pos") for label in labels]
+    all_rows = datasets.Dataset.from_dict({"text": list(texts), "label": numbers})
+
+    def make(recipe="internal", folder="out", rows=all_rows, **changes):
+        torch.manual_seed(1)
+        values = {
+            "max_steps": 9,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_steps": 1,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "recipe": recipe,
+            **changes,
+        }
+        return DistillationTrainer(
+            model=cut_student(teacher, 2, label_names=["neg", "pos"]),
+            teacher=teacher,
+            args=DistillationArguments(output_dir=str(tmp_path / folder), **values),
+            train_dataset=tokenize(rows, tokenizer, 32),
+            data_collator=DistillationCollator(tokenizer),
+            processing_class=tokenizer,
+        )
+
+    return make

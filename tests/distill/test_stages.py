@@ -7,16 +7,12 @@ import subprocess
 import sys
 import textwrap
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kdfast import DistillationArguments, DistillationTrainer, InputError
+from kdfast import InputError
 from kdfast.captured import ModelShape
-from kdfast.distill.data import DistillationCollator, tokenize
-from kdfast.distill.models import cut_student
 from kdfast.distill.stages import StageClock, stage_steps
 from kdfast.recipes import build_recipe
 from kdfast.recipes.schedule import Stage, Threshold, Weight
@@ -145,46 +141,6 @@ def test_a_threshold_on_a_loss_that_the_stage_does_not_train_is_refused():
 # With models
 
 
-@pytest.fixture
-def teacher(tiny_bert):
-    return AutoModelForSequenceClassification.from_pretrained(tiny_bert)
-
-
-@pytest.fixture
-def make_trainer(tmp_path, tiny_bert, teacher, make_sentences):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    texts, labels = zip(*make_sentences(48), strict=True)
-    rows = datasets.Dataset.from_dict(
-        {"text": list(texts), "label": [int(label == "pos") for label in labels]}
-    )
-
-    def make(folder="out", **changes):
-        torch.manual_seed(1)
-        values = {
-            "max_steps": 9,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_steps": 1,
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "recipe": "internal",
-            "recipe_options": {"schedule": "progressive"},
-            **changes,
-        }
-        return DistillationTrainer(
-            model=cut_student(teacher, 2, label_names=["neg", "pos"]),
-            teacher=teacher,
-            args=DistillationArguments(output_dir=str(tmp_path / folder), **values),
-            train_dataset=tokenize(rows, tokenizer, 32),
-            data_collator=DistillationCollator(tokenizer),
-            processing_class=tokenizer,
-        )
-
-    return make
-
-
 def state(trainer):
     """Everything that training moves."""
     own = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
@@ -192,7 +148,7 @@ def state(trainer):
 
 
 def test_each_stage_trains_its_own_losses_and_parameters(make_trainer, teacher, capsys):
-    trainer = make_trainer()
+    trainer = make_trainer(recipe_options={"schedule": "progressive"})
     before = {n: p.clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     losses = [
@@ -282,7 +238,7 @@ def test_resumed_at_any_step_a_run_ends_with_the_same_bits(make_trainer, tmp_pat
     for step in range(1, 7):
         folder = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "out" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        resumed = make_trainer(f"from-{step}", recipe=recipe, recipe_options=options, max_steps=7)
+        resumed = make_trainer(recipe, f"from-{step}", recipe_options=options, max_steps=7)
         resumed.train(resume_from_checkpoint=True)
         assert resumed._clock.state() == whole._clock.state()
         for name, value in state(resumed).items():

@@ -297,28 +297,6 @@ def test_layer_projection_loss_sums_squared_distances_to_the_mixtures():
     torch.testing.assert_close(mean, expected / 2)
 
 
-def test_soft_labels_scale_the_divergence_by_squared_temperature():
-    s, t = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    p, q = (t / 2).softmax(-1), (s / 2).softmax(-1)
-    expected = 4 * (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(SoftLabelLoss(2.0)(s, t), expected)
-
-
-def test_soft_labels_of_equal_logits_are_exactly_zero():
-    logits = torch.randn(4, 3)
-    assert SoftLabelLoss()(logits, logits) == 0
-
-
-def test_soft_labels_for_regression_are_the_mean_squared_difference():
-    s, t = torch.randn(4, 1), torch.randn(4, 1)
-    torch.testing.assert_close(SoftLabelLoss(regression=True)(s, t), (s - t).square().mean())
-
-
-def test_soft_labels_of_one_class_point_to_regression():
-    with pytest.raises(ValueError, match="regression"):
-        SoftLabelLoss()(torch.randn(4, 1), torch.randn(4, 1))
-
-
 @pytest.mark.parametrize(
     ("make", "argument"),
     [
