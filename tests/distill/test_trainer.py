@@ -17,11 +17,6 @@ from kdfast.recipes import RECIPES
 
 
 @pytest.fixture
-def teacher(tiny_bert):
-    return AutoModelForSequenceClassification.from_pretrained(tiny_bert)
-
-
-@pytest.fixture
 def tokenizer(tiny_bert):
     return AutoTokenizer.from_pretrained(tiny_bert)
 
@@ -35,9 +30,16 @@ def train(tokenizer, make_sentences):
     return tokenize(rows, tokenizer, 32)
 
 
-def student_of(teacher, layers=2, width=None):
+def student_of(teacher, layers=2):
     torch.manual_seed(1)
     return cut_student(teacher, layers, label_names=["neg", "pos"])
+
+
+def without_dropout(student):
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return student
 
 
 def arguments(tmp_path, **changes):
@@ -153,10 +155,7 @@ def test_accumulated_small_batches_give_the_gradient_of_the_large_batch(
     rows = train.select(range(14))
     gradients = []
     for batch, steps in ((14, 1), (4, 4)):
-        student = student_of(teacher)
-        for module in student.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        student = without_dropout(student_of(teacher))
         trainer = trainer_for(
             *(tmp_path, teacher, tokenizer, rows, student),
             recipe=recipe,
@@ -264,10 +263,7 @@ def test_student_attention_dropout_is_zero_by_default_and_kept_on_request(
 def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, teacher, tokenizer, train):
     gradients = []
     for checkpointing in (False, True):
-        student = student_of(teacher)
-        for module in student.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        student = without_dropout(student_of(teacher))
         trainer = trainer_for(
             *(tmp_path, teacher, tokenizer, train, student), gradient_checkpointing=checkpointing
         )
@@ -469,10 +465,7 @@ def test_rows_without_a_label_do_not_count_in_accumulated_batches(
     rows = train.remove_columns("labels").add_column("labels", labels).select(range(12))
     gradients = []
     for batch, steps in ((12, 1), (3, 4)):
-        student = student_of(teacher)
-        for module in student.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        student = without_dropout(student_of(teacher))
         trainer = trainer_for(
             *(tmp_path, teacher, tokenizer, rows, student),
             recipe="labels",
