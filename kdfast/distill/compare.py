@@ -22,7 +22,7 @@ from kdfast.distill import report
 from kdfast.distill.config import CompareConfig, Way, dump_config
 from kdfast.distill.fidelity import Predictions
 from kdfast.distill.provenance import code_version, environment
-from kdfast.distill.run import facts, start, teacher_predictions
+from kdfast.distill.run import facts, source, start, teacher_predictions
 from kdfast.distill.run_directory import read, say, write_text
 from kdfast.distill.significance import LEVEL, differences
 from kdfast.distill.student import Job, finish, line, one_student, trained
@@ -63,7 +63,7 @@ def compare(config: CompareConfig, command: str | None = None) -> dict[str, Any]
                 students[way.label].append(record)
 
     results: dict[str, Any] = {
-        "title": f"Ways of distilling, on {config.data.path}",  # type: ignore[attr-defined]
+        "title": f"Ways of distilling, on {source(config.data)}",
         **facts(job, teacher_test),
         "tfidf": tfidf,
         "students": [record for records in students.values() for record in records],

@@ -407,6 +407,11 @@ def read_config(kind: type[Config], source: str | None, overrides: Sequence[str]
     # The user's own words come last: quick=true data.test=500 keeps the 500.
     for key, value in [*quick.items(), *own]:
         _set(values, key, value)
+        # One budget takes the place of the other, unless the user asks for both.
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            replaced = key.removesuffix(one) + other
+            if key.endswith(f"training.{one}") and value is not None and replaced not in dict(own):
+                _set(values, replaced, None)
     return build_config(kind, values)
 
 

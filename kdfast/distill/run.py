@@ -87,7 +87,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         students.append(one_student(job, way, seed, teacher_test))
     results = {
         "title": f"{' vs. '.join(way.label.replace('_', ' ') for way in ways)} on "
-        f"{config.data.path}",  # type: ignore[attr-defined]
+        f"{source(config.data)}",
         **facts(job, teacher_test),
         "tfidf": tfidf,
         "students": students,
@@ -101,6 +101,11 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         f"{job.run_dir / 'plots'}"
     )
     return results
+
+
+def source(data: Any) -> str:
+    """Where the sentences are from, as reports name it."""
+    return data.path if data.task is None else f"GLUE {data.task} ({data.path})"
 
 
 def start(
@@ -446,7 +451,7 @@ def _setting(job: Job) -> dict[str, str]:
     budget = f"{training.steps} steps" if training.steps else f"{training.epochs:g} epochs"
     students = [_describe(setup, config.seeds[0]) for setup in job.setups.values()]
     return {
-        "data": f"{config.data.path}: {len(splits.student_train)} training sentences, "
+        "data": f"{source(config.data)}: {len(splits.student_train)} training sentences, "
         f"{len(splits.test)} test sentences, scored once",
         "teacher": f"{config.teacher or config.teacher_base} "
         f"({model_shape(job.teacher).describe()})"

@@ -86,7 +86,7 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
 
 def test_steps_and_epochs_together_are_refused_and_neither_means_three_epochs():
     with pytest.raises(InputError, match="steps or epochs"):
-        read_config(DistillConfig, "quickstart", ["training.epochs=2"])
+        read_config(DistillConfig, "quickstart", ["training.epochs=2", "training.steps=9"])
     assert read_config(DistillConfig, None).training.epochs == 3
 
 
@@ -203,3 +203,13 @@ def test_a_way_has_its_own_label_student_and_training():
     assert way.student.base == "demo:minilm" and way.student.freeze_embeddings
     assert (way.training.epochs, way.training.steps) == (5, None)
     assert config.ways()[0].student.layers == [0, 3]
+
+
+def test_one_budget_of_the_command_line_takes_the_place_of_the_other():
+    config = read_config(
+        DistillConfig, "internal", ["training.steps=3", "teacher_training.steps=2"]
+    )
+    assert (config.training.steps, config.training.epochs) == (3, None)
+    assert (config.teacher_training.steps, config.teacher_training.epochs) == (2, None)
+    with pytest.raises(InputError, match="not both"):
+        read_config(DistillConfig, "internal", ["training.steps=3", "training.epochs=1"])
