@@ -59,9 +59,9 @@ def prepare(
     """Fit the parts of a recipe, or read those that were fitted before; returns what was done.
 
     run_teacher: from a collated batch to what the parts read. precision: of the teacher's forward,
-    as text. directory: where results are kept;
-    None keeps none. The rows come in one random order, the same for every run; the global random
-    state is left alone, so a run that reads its parts goes on as one that made them.
+    as text. directory: where results are kept; None keeps none. The rows come in one random order,
+    the same for every run; the global random state is left alone, so a run that reads its parts
+    goes on as one that made them.
     """
     said, missing, files = [], {}, {}
     if directory is not None:
@@ -69,7 +69,7 @@ def prepare(
         padded = getattr(collate, "pad_to", None)
         keys = [model_digest(teacher), data_digest(dataset), precision, padded]
         for name, part in parts.items():
-            files[name] = _file(Path(directory), name, part, keys)
+            files[name] = _file(Path(directory), part, keys)
     for name, part in parts.items():
         if name in files and _read(files[name], part):
             said.append(f"{name}: fitted before, read from {files[name]}")
@@ -110,7 +110,7 @@ def prepare(
     return said
 
 
-def _file(directory: Path, name: str, part: Fitted, keys: list[Any]) -> Path:
+def _file(directory: Path, part: Fitted, keys: list[Any]) -> Path:
     kind = type(part).__name__
     made_of = json.dumps([kind, part.settings(), keys], sort_keys=True)
     return directory / f"{kind}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.safetensors"
