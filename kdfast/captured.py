@@ -43,9 +43,12 @@ class Captured:
 class ModelShape:
     """What a recipe must know of a model before the first batch.
 
-    heads: 0 for a model without attention. classes: None without a head. token_logits: the head
-    classifies every token. pool: how a sequence becomes one state, "cls", "mean" over tokens or the
-    "last" token. key_value_heads: where several query heads share a key; None: as many as heads.
+    heads: 0 for a model without attention. classes: None without a head. regression: the logits are
+    values, which are compared as such; binary: the one value is the logit of a relevance in [0, 1],
+    and learns labels by binary cross-entropy. token_logits: the head classifies every token.
+    pool: how a sequence becomes one state, "cls", "mean" over tokens or the "last" token.
+    key_value_heads: where several query heads share a key; None: as many as heads. head_width: of
+    a query head; None: width / heads.
     """
 
     layers: int
@@ -56,6 +59,22 @@ class ModelShape:
     token_logits: bool = False
     pool: str = "cls"
     key_value_heads: int | None = None
+    binary: bool = False
+    head_width: int | None = None
+
+    @property
+    def query_width(self) -> int:
+        """Of the queries of all heads."""
+        return self.heads * self._head_width
+
+    @property
+    def key_width(self) -> int:
+        """Of the keys (as of the values) of all heads."""
+        return (self.key_value_heads or self.heads) * self._head_width
+
+    @property
+    def _head_width(self) -> int:
+        return self.head_width or self.width // max(1, self.heads)
 
     @property
     def has_cls(self) -> bool:

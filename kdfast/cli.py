@@ -159,7 +159,10 @@ def _run(options: argparse.Namespace) -> int:
             options.model_a,
             options.model_b,
             configuration.read_config(
-                configuration.AnalyzeConfig, None, [*given, *options.override]
+                configuration.AnalyzeConfig,
+                None,
+                [*given, *options.override],
+                data_of=options.model_a,
             ),
         )
     elif options.command == "finetune":
@@ -171,7 +174,9 @@ def _run(options: argparse.Namespace) -> int:
     else:
         run.evaluate(
             options.model,
-            configuration.read_config(configuration.EvaluateConfig, None, options.override),
+            configuration.read_config(
+                configuration.EvaluateConfig, None, options.override, data_of=options.model
+            ),
         )
     return 0
 

@@ -109,6 +109,9 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 def model_shape(model: PreTrainedModel) -> ModelShape:
     """Layers, width, heads and classes as the configuration states them.
 
+    A sequence classifier of one output is a regression, and with problem_type
+    "multi_label_classification" a binary one, as in transformers.
+
     Without a [CLS] state to read (a student without attention, ModernBERT's mean pooling) `pool`
     is "mean"; that of a causal model, whose first token sees itself alone, is "last".
     """
@@ -116,6 +119,8 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     has_head = model.base_model is not model
     token_logits = has_head and "ForTokenClassification" in type(model).__name__
     heads = config.num_attention_heads
+    problem = getattr(config, "problem_type", None)
+    one = has_head and not token_logits and config.num_labels == 1
     mean = heads == 0 or getattr(config, "classifier_pooling", "cls") == "mean"
     causal = any(getattr(m, "is_causal", False) is True for m in model.modules())
     return ModelShape(
@@ -123,12 +128,12 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         width=config.hidden_size,
         heads=heads,
         classes=config.num_labels if has_head else None,
-        regression=has_head
-        and not token_logits
-        and (config.num_labels == 1 or getattr(config, "problem_type", None) == "regression"),
+        regression=one or (has_head and not token_logits and problem == "regression"),
         token_logits=token_logits,
         pool="last" if causal else "mean" if mean else "cls",
         key_value_heads=getattr(config, "num_key_value_heads", None),
+        binary=one and problem == "multi_label_classification",
+        head_width=getattr(config, "head_dim", None),
     )
 
 

@@ -155,7 +155,7 @@ class _Clock:
             own = {label: statistics.mean(each) for label, each in self.seconds.items()}
             minutes = round(sum(own.get(x, usual) for x in self.labels[self.done :]) / 60)
             hours = f"{minutes // 60} h " if minutes >= 60 else ""
-            left = f" (about {hours}{minutes % 60} min left)" if minutes else " (nearly done)"
+            left = f" ({hours}{minutes % 60} min left)" if minutes else " (a minute left)"
         self.done += 1
         say(f"[{self.done}/{len(self.labels)}] {what}{left}")
 
@@ -188,14 +188,15 @@ def markdown(results: dict[str, Any]) -> str:
     primary, seeds = results["primary"], [len(r) for r in report.ways_of(results).values()]
     lines = [f"{name}: {text}" for name, text in results["setting"].items()]
     lines += ["", report.scores_table(results, count_seeds=True), ""]
-    lines += ["Mean ± standard deviation over seeds.", report.about_cka(results)]
+    many = ["Mean ± standard deviation over seeds."] if max(seeds) > 1 else []
+    lines += [*many, report.about_cka(results)]
     found = results["comparison"]["differences"]
     if found:
         lines += ["", f"## {report.shown(primary)[0]}: differences", ""]
         lines += [_verdict(results), "", _tests_table(results), ""]
         lines += ["## All differences, ± standard error", ""]
         lines += [report.differences_table(results, report.columns_of(results)), ""]
-        lines += [report.about_differences(max(seeds) > 1)]
+        lines += [report.about_differences(max(seeds) > 1, report.columns_of(results))]
     if results["tuning"]:
         lines += ["", f"## Trials on the dev part, seed {results['tuning_seed']}", ""]
         lines += [_tuning_table(results)]

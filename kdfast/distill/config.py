@@ -16,6 +16,8 @@ from pydantic.dataclasses import dataclass
 from transformers import TrainingArguments
 
 from kdfast.distill import data
+from kdfast.distill.models import layer_indices
+from kdfast.distill.trained_on import data_below
 from kdfast.errors import InputError, nearest
 from kdfast.recipes import check_recipe
 
@@ -106,8 +108,8 @@ class StudentConfig:
                 f"{self.layers!r}"
             )
 
-    def describe(self) -> str:
-        """One line: what it is made of."""
+    def describe(self, of: int) -> str:
+        """One line: what it is made of. of: the layers that the base has."""
         if self.kind != "transformer" or self.init == "random":
             words = {
                 "base": f"words of {self.base}",
@@ -116,7 +118,8 @@ class StudentConfig:
             }
             return f"{self.kind} with {words[self.embeddings]}"
         width = f", first {self.width} features," if self.width else ""
-        return f"layers {self.layers}{width} of {self.base}"
+        kept = ", ".join(map(str, layer_indices(self.layers, of)))
+        return f"layers {kept} (of 0 to {of - 1}){width} of {self.base}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +162,7 @@ class _Job:
 
     teacher: a folder or hub name; null fine-tunes `teacher_base` on data.teacher_train rows and
         keeps the result in teacher_dir for the next run.
+    output_dir: with {task} for the name of the GLUE task.
     quick_overrides: what quick=true changes.
     """
 
@@ -186,7 +190,7 @@ class _Job:
                 f"{label!r}"
             )
         options = {key: value for key, value in section.items() if key not in own}
-        check_recipe(name, options)
+        check_recipe(name, options, beside=own)
         built: dict[str, Any] = {}
         for key, base in (("student", self.student), ("training", self.training)):
             changed = section.get(key) or {}
@@ -207,6 +211,13 @@ class _Job:
         return Way(label, name, options, **built, seeds=tuple(seeds))
 
 
+def _for_task(output_dir: str, data: Any) -> str:
+    """The directory with the GLUE task's name where it says {task}."""
+    if "{task}" in output_dir and data.task is None:
+        raise ValueError("output_dir names a {task}, and data.task is not set")
+    return output_dir.replace("{task}", data.task or "")
+
+
 @dataclass(config=STRICT)
 class DistillConfig(_Job):
     """One distillation, or several side by side: every recipe of `baselines` and `recipe`, for
@@ -221,6 +232,7 @@ class DistillConfig(_Job):
     baselines: list[str | dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.output_dir = _for_task(self.output_dir, self.data)
         self.recipe = _named(self.recipe, "recipe")
         self.baselines = [_named(b, "each of baselines") for b in self.baselines]
         _check_labels(self.ways(), "recipe and baselines")
@@ -258,6 +270,7 @@ class CompareConfig(_Job):
     output_dir: str = "runs/compare"
 
     def __post_init__(self) -> None:
+        self.output_dir = _for_task(self.output_dir, self.data)
         self.ways = [_named(way, "each of ways") for way in self.ways]
         chosen = self.chosen()
         _check_labels(chosen, "ways")
@@ -376,6 +389,14 @@ class AnalyzeConfig:
             check_recipe(section["name"], {k: v for k, v in section.items() if k != "name"})
 
 
+COMMANDS: dict[str, Any] = {
+    "distill": DistillConfig,
+    "compare": CompareConfig,
+    "finetune": FinetuneConfig,
+    "evaluate": EvaluateConfig,
+    "analyze": AnalyzeConfig,
+}
+
 Config = TypeVar("Config")
 
 
@@ -387,15 +408,25 @@ def shipped() -> list[str]:
     )
 
 
-def read_config(kind: type[Config], source: str | None, overrides: Sequence[str] = ()) -> Config:
+def read_config(
+    kind: type[Config],
+    source: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    data_of: str | None = None,
+) -> Config:
     """The configuration `source` (a shipped name or a YAML file; None for defaults), overridden.
 
     Its key `extends` names another one, shipped or a file (relative to its own), whose keys it
-    takes over where it does not set them itself. Raises InputError, one line, for anything
-    unreadable, unknown (naming the nearest key) or out of range.
+    takes over where it does not set them itself. `data_of` names a model whose data is taken over
+    in the same way, if kdfast trained it. Raises InputError, one line, for anything unreadable,
+    unknown (naming the nearest key) or out of range.
     """
     values: dict[str, Any] = {} if source is None else _load(source)
     own: list[tuple[str, Any]] = [_parse_override(text) for text in overrides]
+    if data_of is not None:
+        below = {"data": data_below(data_of, dict(own))}
+        values = _merged(below, values)
     quick: Any = {}
     wanted = dict(own).get("quick", values.get("quick", False))
     if wanted is not False:
@@ -441,6 +472,11 @@ def _load(source: str, extended: Sequence[str] = ()) -> dict[str, Any]:
     else:
         try:
             text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise InputError(
+                f"there is no configuration file '{source}'{nearest(path.stem, shipped())}: those "
+                f"that are shipped are named without .yaml: {', '.join(shipped())}"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"configuration {source} cannot be read: {error}") from None
         here = str(path.resolve())
@@ -519,11 +555,21 @@ def _explain(kind: type, error: pydantic.ValidationError) -> str:
             parts.append(part)
     where = ".".join(parts)
     if unknown:
+        others = [c for c, k in COMMANDS.items() if k is not kind and where in _keys(k)]
+        if others and not nearest(where, known):
+            return (
+                f"key '{where}' is of a configuration for kdfast {' or '.join(others)}, and this "
+                f"is read as one for kdfast {_command(kind)}"
+            )
         return f"unknown key '{where}'{nearest(where, known) or _known_at(where, known)}"
     message = first["msg"].removeprefix("Value error, ").split(" or an instance of ")[0]
     at = f"{where}: " if where else ""
     given = "" if first["type"] == "value_error" else f", was {first['input']!r}"
     return f"{at}{message[0].lower()}{message[1:]}{given}"
+
+
+def _command(kind: type) -> str:
+    return next((command for command, own in COMMANDS.items() if own is kind), kind.__name__)
 
 
 def _known_at(where: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,9 @@ SCALED = ("regression", "reranking")
 NO_LABEL = -100
 # Below this a part measures nothing; parts that shrink do not shrink further.
 SMALLEST_PART = 10
+# Where there are too few rows, a held-out part keeps this share of them whatever the train parts
+# are to be: a teacher and its student, set up apart, then agree on what is held out.
+HELD_OUT = {"test": 0.4, "dev": 0.1}
 # Whole numbers written as floats (1.0, 2.0) are classes up to this many, scores beyond.
 MOST_WHOLE_FLOATS = 20
 
@@ -79,9 +83,10 @@ class DataConfig:
     note.
 
     `kind`: what the labels are; "auto" tells "classification" (class names or numbers) from
-    "regression" (fractions). "embedding": texts without labels; "reranking": text pairs with a
-    relevance (0 and 1, or graded); "token_classification": lists of words and of tags, or conll
-    files (a word a line, its tag last, an empty line after each sentence).
+    "regression" (fractions). "embedding": texts without labels; "reranking": queries,
+    passages and a relevance from 0 to 1, the passages of a query in one part;
+    "token_classification": lists of words and of tags, or conll files (a word a line, its tag last,
+    an empty line after each sentence).
 
     `teacher_train`, `student_train`, `dev`, `test`: rows; "all" is all that the other parts leave
     of their source (one part of a source only). Default 4000, 1000, 500 and 4000; with a task dev 0
@@ -190,9 +195,9 @@ def load_data(config: DataConfig) -> Splits:
     """Reads, cleans and splits the sentences of `config`; the same seed gives the same parts.
 
     Parts are stratified by label (not those of words or without labels), or made of whole groups,
-    and have exactly the sizes asked for where there are enough rows; otherwise they shrink in
-    proportion, and a note says so. Raises InputError for whatever in the source or the
-    configuration makes that impossible.
+    and have exactly the sizes asked for where there are enough rows; otherwise test and dev shrink
+    to shares of the rows, the train parts in proportion to what is left, and a note says so.
+    Raises InputError for whatever in the source or the configuration makes that impossible.
     """
     _check_config(config)
     notes: list[str] = []
@@ -485,7 +490,8 @@ def _columns(table: pd.DataFrame, config: DataConfig, notes: list[str]) -> dict[
             raise InputError(
                 f"data.{role} is '{name}', but the columns are {listed}{nearest(name, known)}"
             )
-    if len(set(chosen.values())) < len(chosen):
+    own = [name for role, name in chosen.items() if role != "group"]  # which may be the query
+    if len(set(own)) < len(own):
         raise InputError(f"data.{', data.'.join(chosen)} must name different columns")
     guessed = dict(chosen)
     if config.path == "demo:reviews":
@@ -529,6 +535,8 @@ def _columns(table: pd.DataFrame, config: DataConfig, notes: list[str]) -> dict[
             "data.kind 'reranking' needs a query and a passage: name the second column with "
             f"data.text_pair=NAME; the columns are {listed}"
         )
+    if config.kind == "reranking":
+        guessed.setdefault("group", guessed["text"])  # a query's candidates stay together
     if not demo and (
         stated := [f"{role} = '{name}'" for role, name in guessed.items() if role not in chosen]
     ):
@@ -825,8 +833,7 @@ def _cut(
                 f"{len(rows):,} usable for the parts {', '.join(sizes)}, "
                 f"which need {sum(least.values()):,} at least ({SMALLEST_PART} each)"
             )
-        share = spare / (asked - sum(least.values()))
-        sizes = {name: least[name] + int((sizes[name] - least[name]) * share) for name in sizes}
+        sizes = _shrunk(sizes, least, usable)
         notes.append(
             f"{asked:,} rows asked for, {len(rows):,} usable"
             f"{' in whole groups' if 'group' in rows else ''}: parts shrink to "
@@ -840,6 +847,26 @@ def _cut(
         parts[name] = rows.iloc[rng.permutation(order[start:end])[:size]]
         start = end
     return parts
+
+
+def _shrunk(sizes: dict[str, int], least: dict[str, int], usable: int) -> dict[str, int]:
+    """Sizes that fit: held-out parts by their shares, then the train parts in proportion."""
+    sizes = dict(sizes)
+    for name in sizes.keys() & HELD_OUT:
+        others = sum(size for other, size in sizes.items() if other != name)
+        floor = max(least[name], int(HELD_OUT[name] * usable), usable - others)
+        sizes[name] = min(sizes[name], floor)
+    excess = sum(sizes.values()) - usable
+    # The held-out ones again only where the train parts have come down to their least.
+    for names in (sizes.keys() - HELD_OUT, sizes.keys() & HELD_OUT):
+        spare = sum(sizes[name] - least[name] for name in names)
+        share = min(excess, spare) / spare if spare else 0
+        for name in names:
+            sizes[name] -= math.ceil((sizes[name] - least[name]) * share)
+        excess = sum(sizes.values()) - usable
+        if excess <= 0:
+            break
+    return sizes
 
 
 # What a teacher and a model need.
@@ -938,6 +965,8 @@ def tokenize(
         )
     texts = [dataset[column] for column in ("text", "text_pair") if column in dataset.column_names]
     columns: dict[str, Any] = {}
+    if len(texts) == 2:  # which rows are candidates of one query, for scoring alone
+        columns["query"] = pd.factorize(np.array(texts[0], dtype=object))[0].tolist()
     labels = list(dataset["label"]) if "label" in dataset.column_names else None
     for prefix, one in (("", tokenizer), ("teacher_", teacher_tokenizer)):
         if one is None:

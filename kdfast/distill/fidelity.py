@@ -17,6 +17,7 @@ from kdfast.captured import Captured, Needs
 from kdfast.distill import glue
 from kdfast.distill.capture import Capture
 from kdfast.distill.data import NO_LABEL, DistillationCollator
+from kdfast.distill.grouped import entity_counts, entity_scores, ranking
 from kdfast.errors import InputError
 from kdfast.losses import SoftLabelLoss
 from kdfast.ops.cka import cka, cka_matrix
@@ -26,10 +27,16 @@ from kdfast.recipes import Recipe
 @dataclass
 class Predictions:
     """logits: [n, C], fp32 on the CPU. labels: [n], -100 where the data has none. A row is a text,
-    or for token classification a word."""
+    or for token classification a word.
+
+    groups: [n], the query of a reranker's row, the sentence of a word; None where rows stand alone.
+    tags: [C], what the classes are as BIO tags, see kdfast.distill.grouped; None for others.
+    """
 
     logits: torch.Tensor
     labels: torch.Tensor
+    groups: torch.Tensor | None = None
+    tags: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -63,8 +70,11 @@ def predict(
             if row.dim() == 2:
                 row, target = row[target != NO_LABEL], target[target != NO_LABEL]
             logits[place], labels[place] = row, target
-    join = torch.cat if logits[0].dim() == 2 else torch.stack
-    return Predictions(join(logits), join(labels))
+    if logits[0].dim() == 1:
+        return Predictions(torch.stack(logits), torch.stack(labels))
+    words = torch.tensor([len(row) for row in logits])
+    sentences = torch.arange(len(words)).repeat_interleave(words)
+    return Predictions(torch.cat(logits), torch.cat(labels), groups=sentences)
 
 
 @torch.no_grad()
@@ -145,6 +155,10 @@ def scores(
     Without a task accuracy and macro F1 (of words, for token classification), or for regression
     Pearson and Spearman correlation. Rows without a label do not count.
 
+    Before them, of predictions with `tags` F1, precision and recall of entities, and of a
+    reranker's with `groups` nDCG@10 and MRR@10, where it has queries to rank; see
+    kdfast.distill.grouped. Words that truncation cut off, and their entities, do not count.
+
     label_names: in the order of the logits, where that may not be the task's (a teacher's own
     order): F1 needs to know which class is the positive one.
 
@@ -158,12 +172,19 @@ def scores(
         chosen = predictions.logits[kept].squeeze(-1).double().numpy()
     else:
         chosen = predictions.logits[kept].argmax(-1).numpy()
+    first: dict[str, float] = {}
+    if regression and predictions.groups is not None:
+        rows = (predictions.logits[:, 0], predictions.labels, predictions.groups)
+        first = {name: float(v.mean()) for name, v in ranking(*(x[kept] for x in rows)).items()}
+    elif predictions.tags is not None and predictions.groups is not None:
+        words = (predictions.logits.argmax(-1), predictions.labels, predictions.groups)
+        first = entity_scores(entity_counts(predictions.tags, *(x[kept] for x in words)))
     names = None if task is None else glue.glue_task(task).label_names
     if names is not None and len(names) == 2:
         ours = [name.strip().casefold() for name in label_names or names]
         positive = ours.index(names[1]) if names[1] in ours else 1
         labels, chosen = labels == positive, chosen == positive
-    return {name: glue.METRICS[name](labels, chosen) for name in metrics(task, regression)}
+    return first | {name: glue.METRICS[name](labels, chosen) for name in metrics(task, regression)}
 
 
 def fidelity(student: Predictions, teacher: Predictions, *, regression: bool) -> dict[str, float]:

@@ -44,6 +44,12 @@ TASKS: dict[str, Any] = {
     "embedding": AutoModel,
 }
 ONE_OUTPUT = ("regression", "reranking")
+# What a new head is trained by: a relevance in [0, 1] by the binary cross-entropy of its logit.
+PROBLEM_TYPES: dict[str, Any] = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "reranking": "multi_label_classification",
+}
 
 
 def load_model(
@@ -58,8 +64,8 @@ def load_model(
     """A model for a task, in fp32 and eval mode, from safetensors, with SDPA where it has it.
 
     `name_or_dir` is a folder, a Hub name or "demo:minilm". `task` is "classification",
-    "token_classification", "regression" or "reranking" (both: one output), or "embedding": the
-    model without a head, all of its body but a pooler from the checkpoint.
+    "token_classification", "regression" or "reranking" (both: one output, see PROBLEM_TYPES), or
+    "embedding": the model without a head, all of its body but a pooler from the checkpoint.
 
     A finished model is expected, and a checkpoint without a trained head raises. With `num_labels`,
     `label_names` or new_head=True a head of another size (or none) is replaced by a new one, drawn
@@ -286,7 +292,7 @@ def cut_student(
         else load_model(base_model_or_name, "embedding", trust_remote_code=trust_remote_code)
     )
     prefix = encoder_layers(base)[0]
-    kept = _layer_indices(layers, base.config.num_hidden_layers)
+    kept = layer_indices(layers, base.config.num_hidden_layers)
 
     config = copy.deepcopy(base.config)
     for key, value in config.to_dict().items():
@@ -478,13 +484,11 @@ def _set_labels(
         config.label2id = {name: i for i, name in enumerate(label_names)}
     elif count is not None and config.num_labels != count:
         config.num_labels = count
-    if task == "classification":
-        config.problem_type = "single_label_classification"
-    else:
-        config.problem_type = "regression" if task in ONE_OUTPUT else None
+    config.problem_type = PROBLEM_TYPES.get(task)
 
 
-def _layer_indices(layers: int | str | Sequence[int] | None, count: int) -> list[int]:
+def layer_indices(layers: int | str | Sequence[int] | None, count: int) -> list[int]:
+    """The layers of `count` that a choice stands for, see cut_student."""
     if layers is None:
         return list(range(count))
     if isinstance(layers, int) and not isinstance(layers, bool):
@@ -584,7 +588,7 @@ def _scaled_config(
         isinstance(heads, bool)
         or not isinstance(heads, int)
         or heads < 1
-        or (config.hidden_size % heads)
+        or (config.hidden_size % heads and not getattr(config, "head_dim", None))
     ):
         raise InputError(f"options: {heads!r} heads do not divide the width {config.hidden_size}")
     return config

@@ -72,42 +72,66 @@ def prepare(
             files[name] = _file(Path(directory), part, keys)
     for name, part in parts.items():
         if name in files and _read(files[name], part):
-            said.append(f"{name}: fitted before, read from {files[name]}")
+            said.append(f"{part.what}: fitted before, read from {files[name]}")
         else:
             missing[name] = part
     if not missing:
         return said
     if not hasattr(dataset, "__len__"):
         raise InputError(
-            f"{' and '.join(missing)} are fitted to all training rows, and this data set has no "
-            "length: give one that is held whole"
+            f"{' and '.join(part.what for part in missing.values())}: fitted to all training "
+            "rows, and this data set has no length; give one that is held whole"
         )
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    for name, part in missing.items():
-        total = part.passes * -(-len(order) // BATCH_SIZE)
-        with tqdm(total=total, desc=f"  fitting {name}", leave=False, disable=not progress) as bar:
-
-            def batches(bar: Any = bar) -> Iterable[tuple[Captured, torch.Tensor | None]]:
-                loader = DataLoader(
+    passes = max(part.passes for part in missing.values())
+    bar = tqdm(
+        total=passes * -(-len(order) // BATCH_SIZE),
+        desc=f"  fitting {', '.join(dict.fromkeys(part.what for part in missing.values()))}",
+        leave=False,
+        disable=not progress,
+    )
+    with bar, torch.no_grad():
+        for number in range(passes):
+            _one_pass(
+                [part for part in missing.values() if number < part.passes],
+                DataLoader(
                     dataset,
                     batch_size=BATCH_SIZE,
                     sampler=order,
                     collate_fn=collate,
                     generator=torch.Generator(),  # or its seed would be drawn from the global one
-                )
-                for batch in loader:
-                    bar.update()
-                    yield run_teacher(batch)
-
-            with torch.no_grad():
-                part.fit(batches)
-        said.append(f"{name}: fitted to {len(order):,} rows in {part.passes} passes")
+                ),
+                run_teacher,
+                bar,
+            )
+    for name, part in missing.items():
+        many = "1 pass" if part.passes == 1 else f"{part.passes} passes"
+        said.append(f"{part.what}: fitted to {len(order):,} rows in {many}")
         if name in files:
             files[name].parent.mkdir(parents=True, exist_ok=True)
             partial = files[name].with_name(f"{files[name].name}.{os.getpid()}.partial")
             save_file({k: v.contiguous() for k, v in part.fitted_state().items()}, partial)
             os.replace(partial, files[name])
     return said
+
+
+def _one_pass(
+    parts: list[Fitted],
+    batches: Iterable[dict[str, torch.Tensor]],
+    run_teacher: Callable[[dict[str, torch.Tensor]], tuple[Captured, torch.Tensor | None]],
+    bar: Any,
+) -> None:
+    """All parts read each batch of the teacher's once."""
+    for batch in batches:
+        bar.update()
+        teacher, labels = run_teacher(batch)
+        for part in parts:
+            if not part.has_enough:
+                part.see(teacher, labels)
+        if all(part.has_enough for part in parts):
+            break
+    for part in parts:
+        part.end_pass()
 
 
 def _file(directory: Path, part: Fitted, keys: list[Any]) -> Path:

@@ -16,11 +16,15 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from kdfast.distill.grouped import ENTITY_F1, NDCG, RECIPROCAL_RANK
 from kdfast.distill.run_directory import write_text
 from kdfast.distill.significance import LEVEL, differences
 
 # Column, how it is shown, and whether it is a share (shown in percent).
 COLUMNS = {
+    NDCG: ("nDCG@10", False),
+    RECIPROCAL_RANK: ("MRR@10", False),
+    ENTITY_F1: ("entity F1 %", True),
     "matthews": ("Matthews", False),
     "f1": ("F1 %", True),
     "accuracy": ("accuracy %", True),
@@ -114,7 +118,7 @@ def markdown(results: dict[str, Any]) -> str:
         reference = comparison["reference"].replace("_", " ")
         lines += ["", f"Differences to {reference} ± standard error:", ""]
         lines.append(differences_table(results, columns_of(results)))
-        lines += ["", about_differences(seeds > 1)]
+        lines += ["", about_differences(seeds > 1, columns_of(results))]
     return "\n".join(lines)
 
 
@@ -125,12 +129,15 @@ def about_cka(results: dict[str, Any]) -> str:
     )
 
 
-def about_differences(seeds: bool) -> str:
+def about_differences(seeds: bool, measures: Sequence[str] = ()) -> str:
+    """measures: of the table, which say what was drawn and tested."""
+    drawn = "queries" if NDCG in measures else "sentences"
+    alone = "CKA" if ENTITY_F1 in measures else "CKA, F1 and correlations"
     return (
         f"A difference is marked noise where a paired t test gives p ≥ {LEVEL:g}, corrected for "
         "the number of ways (Holm). Standard error and test count "
-        + ("test sentences and seeds." if seeds else "test sentences alone (one seed).")
-        + (" Those of CKA, F1 and correlations count seeds alone." if seeds else "")
+        + (f"test {drawn} and seeds." if seeds else f"test {drawn} alone (one seed).")
+        + (f" Those of {alone} count seeds alone." if seeds else "")
     )
 
 

@@ -37,7 +37,7 @@ from kdfast.distill.data import (
     tokenize,
 )
 from kdfast.distill.fidelity import Predictions
-from kdfast.distill.models import load_model, load_tokenizer, parameter_count
+from kdfast.distill.models import PROBLEM_TYPES, load_model, load_tokenizer, parameter_count
 from kdfast.distill.prepare import model_digest
 from kdfast.distill.report import write_report
 from kdfast.distill.run_directory import (
@@ -64,6 +64,7 @@ from kdfast.distill.student import (
     train,
     try_one_step,
 )
+from kdfast.distill.trained_on import TrainedOn, trained_on
 from kdfast.distill.trainer import DistillationTrainer
 from kdfast.errors import InputError, nearest
 
@@ -132,14 +133,13 @@ def start(
     _check_parts(splits, "student_train", "test", *own, *tuned)
     for note in splits.notes:
         say(f"data: {note}")
-    say(
-        "data: "
-        + ", ".join(
-            f"{name.replace('_', ' ')} {len(getattr(splits, name))}"
-            for name in ("teacher_train", "student_train", "dev", "test")
-        )
-        + " rows"
-    )
+    sizes = {
+        name.replace("_", " "): len(getattr(splits, name))
+        for name in ("teacher_train", "student_train", "dev", "test")
+    }
+    say(f"data: {', '.join(f'{name} {size}' for name, size in sizes.items())} rows")
+    if config.teacher is not None:
+        _note_seen(config, splits)
     bags = config.tfidf and splits.kind in ("classification", "regression")
     task: str | None = config.data.task  # type: ignore[attr-defined]
     tfidf = _tfidf(Scoring(splits, task)) if bags else None
@@ -161,6 +161,20 @@ def start(
             student = job.setup(way.student).student(way.seeds[0])
             say(f"student: {model_shape(student).describe()}")
     return job, tfidf
+
+
+def _note_seen(config: DistillConfig | CompareConfig, splits: Splits) -> None:
+    """Says which rows lie idle, as the teacher is given, and which of them it was trained on."""
+    if len(splits.teacher_train) and not config.data.shared:  # type: ignore[attr-defined]
+        say(
+            "data: the teacher_train rows, on which `kdfast finetune` trains a teacher, lie idle, "
+            "as the teacher is given; data.teacher_train=0 gives them to the other parts"
+        )
+    record = trained_on(config.teacher)  # type: ignore[arg-type]
+    for part in ("student_train", "dev", "test"):
+        rows = getattr(splits, part)
+        if record is not None and (seen := record.seen(rows)):
+            say(f"data: the teacher was trained on {seen} of the {len(rows)} {part} rows")
 
 
 def teacher_predictions(job: Job, part: str) -> Predictions:
@@ -252,6 +266,13 @@ def evaluate(model_name: str, config: EvaluateConfig) -> dict[str, float]:
     rows = ({name: getattr(splits, name) for name in PARTS} | splits.more_tests)[config.part]
     _check_rows(config.part, rows)
     check_length(model, data.max_length)
+    say(f"data: {source(data)}, cut at {data.max_length} tokens")
+    record = trained_on(model_name)
+    if record is not None and (seen := record.seen(rows)) and not config.part.endswith("_train"):
+        say(
+            f"data: the model was trained on {seen} of these {len(rows)} rows, so its scores say "
+            "little of other sentences"
+        )
     scoring = Scoring(splits, data.task)
 
     def predictions(whose: PreTrainedModel, name: str) -> Predictions:
@@ -305,6 +326,8 @@ def _teacher(
                 config.teacher_base,
                 asdict(config.teacher_training),
                 config.data.max_length,  # type: ignore[attr-defined]
+                # Earlier versions trained a reranker by squared error.
+                *([PROBLEM_TYPES[splits.kind]] if splits.kind == "reranking" else []),
             ],
             sort_keys=True,
         )
@@ -341,7 +364,9 @@ def _finetune_into(target: Path, config: FinetuneConfig, splits: Splits) -> None
         processing_class=tokenizer,
     )
     train(trainer, "fine-tuning")
-    save_whole(target, trainer, tokenizer)
+    data = asdict(config.data)
+    record = TrainedOn.of(data, "teacher_train", splits.teacher_train)
+    save_whole(target, trainer, tokenizer, record)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -369,6 +394,9 @@ def _preflight(config: DistillConfig | CompareConfig, ways: Sequence[Way], split
         # The longest, so that what grows with the length has the size it will have.
         lengths = [-sum(len(row.get(c) or "") for c in ("text", "text_pair")) for row in rows]
         longest = sorted(range(len(rows)), key=lengths.__getitem__)[:4]
+        if splits.kind == "reranking" and len(rows) > 3:  # grades out of range show at once
+            labels = list(rows["label"])
+            longest[2:] = [pick(range(len(rows)), key=labels.__getitem__) for pick in (min, max)]
         setattr(few, part, rows.select(longest))
     few.more_tests = {}
     tokenizer = load_tokenizer(name, trust_remote_code=remote)
@@ -459,7 +487,7 @@ def _setting(job: Job) -> dict[str, str]:
             f", fine-tuned on {len(splits.teacher_train)} "
             f"{'sentences, the same' if config.data.shared else 'other sentences'}"
             if config.teacher is None
-            else ""
+            else _seen_by_teacher(config.teacher, splits)
         ),
         "student": "; ".join(dict.fromkeys(students)),
         "training": f"{budget}, batch {training.batch_size}"
@@ -468,10 +496,20 @@ def _setting(job: Job) -> dict[str, str]:
     }
 
 
+def _seen_by_teacher(teacher: str, splits: Splits) -> str:
+    record = trained_on(teacher)
+    if record is None:
+        return ""
+    parts = {"training": splits.student_train, "test": splits.test}
+    return ", trained on " + " and ".join(
+        f"{record.seen(rows)} of the {len(rows)} {name} sentences" for name, rows in parts.items()
+    )
+
+
 def _describe(setup: Setup, seed: int) -> str:
     config, student = setup.student_config, setup.student(seed)
     return (
-        f"{config.describe()} ({model_shape(student).describe()}"
+        f"{config.describe(setup.base.config.num_hidden_layers)} ({model_shape(student).describe()}"
         + (f", {setup.frozen:,} embedding parameters frozen" if setup.frozen else "")
         + f"), attention dropout {config.attention_dropout}"
     )

@@ -96,7 +96,7 @@ def write_text(path: Path, text: str) -> None:
 def save_predictions(path: Path, predictions: Predictions) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({"logits": predictions.logits, "labels": predictions.labels}, partial)
+    save_file({k: v for k, v in vars(predictions).items() if v is not None}, partial)
     os.replace(partial, path)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -18,6 +20,7 @@ from kdfast.distill.fidelity import (
     primary_metric,
     scores,
 )
+from kdfast.distill.grouped import ENTITY_F1, NDCG, bio_tags, lists
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,27 @@ class Scoring:
 
     @property
     def primary(self) -> str:
-        """The measure by which models are chosen and compared."""
+        """The measure by which models are chosen and compared; the data alone decide.
+
+        nDCG@10 of a reranker where the test part, and the dev part if there is one, have queries to
+        rank; F1 of entities where words have BIO tags; else see primary_metric.
+        """
         if self.splits.kind == "embedding":
             return "embedding_cka_to_teacher"
+        parts = (self.splits.test, self.splits.dev)
+        if self.splits.kind == "reranking" and all(_ranked(part) for part in parts if len(part)):
+            return NDCG
+        if self._tags is not None:
+            return ENTITY_F1
         return primary_metric(self.task, self.splits.regression)
+
+    @property
+    def _tags(self) -> torch.Tensor | None:
+        return (
+            bio_tags(self.splits.label_names)
+            if self.splits.kind == "token_classification"
+            else None
+        )
 
     def predict(
         self,
@@ -46,9 +66,13 @@ class Scoring:
     ) -> Predictions:
         """The logits of a tokenised part; of an embedder its embeddings, without labels."""
         if self.splits.kind != "embedding":
-            return predict(
+            found = predict(
                 model, part, collator, role=role, progress=progress, batch_size=batch_size
             )
+            found.tags = self._tags
+            if self.splits.kind == "reranking" and "query" in part.column_names:
+                found.groups = torch.tensor(part["query"])
+            return found
         states = embed(model, part, collator, role=role, progress=progress, batch_size=batch_size)
         return Predictions(states, torch.full((len(states),), NO_LABEL))
 
@@ -70,3 +94,9 @@ class Scoring:
         # cka_to_teacher is that of the layers, everywhere.
         found = embedding_fidelity(student.logits, teacher.logits)
         return {"embedding_cka_to_teacher": found.pop("cka_to_teacher"), **found}
+
+
+def _ranked(part: Dataset) -> bool:
+    """Whether a part has a query to rank candidates of."""
+    queries = torch.from_numpy(pd.factorize(np.array(part["text"], dtype=object))[0])
+    return bool(lists(torch.tensor(part["label"]), queries))

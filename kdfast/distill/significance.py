@@ -6,9 +6,11 @@ and seeds are crossed, each drawn from more of their kind, so with S seeds and n
     SE² = var_i(mean_k d) / n + var_k(mean_i d) / S
 
 t = mean(d) / SE has Satterthwaite's degrees of freedom, SE⁴ / Σ v²/(m − 1) over the two parts v of
-m values each. The sum counts the interaction twice, so the test errs to the side of caution. What
-is no mean over sentences (a correlation, F1, CKA) has the second part alone, d being one value a
-seed. p-values are two-sided; Holm's correction takes all ways of a table as one family.
+m values each. The sum counts the interaction twice, so the test errs to the side of caution. Words
+of a sentence and candidates of a query are no independent draws: sentences and queries are drawn as
+wholes there, which makes F1 of entities, too, a mean over sentences (grouped.ratio_by_group). What
+is no mean over sentences (a correlation, F1 of classes, CKA) has the second part alone, d being one
+value a seed. p-values are two-sided; Holm's correction takes all ways of a table as one family.
 """
 
 from __future__ import annotations
@@ -21,6 +23,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from scipy import stats
+
+from kdfast.distill.grouped import (
+    ENTITY_F1,
+    entity_counts,
+    mean_by_group,
+    ranking,
+    ratio_by_group,
+)
 
 LEVEL = 0.05
 
@@ -37,8 +47,9 @@ def differences(
     for record in results["students"]:
         path = run_dir / "students" / record["way"] / f"seed-{record['seed']}.safetensors"
         each = {m: torch.tensor(record[m]) for m in measures if m in record}
-        if results["sentences"]:
-            own = per_sentence(load_file(path), teacher)
+        predictions = load_file(path)
+        if results["sentences"] or "groups" in predictions:
+            own = per_sentence(predictions, teacher)
             each |= {m: value for m, value in own.items() if m in each}
         students.setdefault(record["way"], {})[record["seed"]] = each
     found: dict[str, dict[str, Any]] = {}
@@ -61,8 +72,13 @@ def differences(
 def per_sentence(
     student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What can be told of each sentence, [sentences] each, from outputs [sentences, C]."""
+    """What can be told of each sentence, [sentences] each, from outputs [sentences, C].
+
+    With `groups` (see Predictions) of each sentence of words, or of each query: nDCG@10 and MRR@10
+    of those that can be ranked, the others of all.
+    """
     own, theirs = student["logits"], teacher["logits"]
+    groups = student.get("groups")
     found = {}
     if own.shape == theirs.shape:
         log_s, log_t = own.log_softmax(-1), theirs.log_softmax(-1)
@@ -74,6 +90,14 @@ def per_sentence(
         }
     if not student["labels"].is_floating_point():
         found["accuracy"] = (own.argmax(-1) == student["labels"]).float()
+    if groups is None:
+        return found
+    found = {name: mean_by_group(values, groups) for name, values in found.items()}
+    if student["labels"].is_floating_point():
+        found |= ranking(own[:, 0], student["labels"], groups)
+    elif "tags" in student:
+        counts = entity_counts(student["tags"], own.argmax(-1), student["labels"], groups)
+        found[ENTITY_F1] = ratio_by_group(2 * counts[:, 0], counts[:, 1] + counts[:, 2])
     return found
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import statistics
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from kdfast.distill.provenance import code_version
 from kdfast.distill.run_directory import read, save_predictions, say, write_text
 from kdfast.distill.scoring import Scoring
 from kdfast.distill.stages import stage_steps
+from kdfast.distill.trained_on import TrainedOn
 from kdfast.distill.trainer import (
     TEACHER_PREFIX,
     Announcement,
@@ -226,6 +227,11 @@ class Job:
             )
         return self.setups[key]
 
+    @property
+    def trained_on(self) -> TrainedOn:
+        """What all its students are trained on."""
+        return TrainedOn.of(asdict(self.config.data), "student_train", self.splits.student_train)
+
     def work(self, folder: Path) -> Path:
         """Where the checkpoints of the student of `folder` lie until it is finished."""
         return self.run_dir / "work" / Path(*folder.relative_to(self.run_dir).parts[1:])
@@ -278,7 +284,7 @@ def one_student(
     }
     save_predictions(folder.with_name(folder.name + ".safetensors"), result)
     if keep:
-        save_whole(folder, trainer, setup.tokenizer)
+        save_whole(folder, trainer, setup.tokenizer, job.trained_on)
     finish(job, folder, record)
     if not keep:
         for path in folder.parent.glob(f"assistant-*/{folder.name}"):
@@ -351,7 +357,7 @@ def _assistant(job: Job, way: Way, seed: int, folder: Path, home: Path) -> PreTr
     folder = home / name / folder.name
     if not finished(folder, own, weights=True):
         trainer, _ = trained(job, own, seed, folder, home=home)
-        save_whole(folder, trainer, job.setup(own.student).tokenizer)
+        save_whole(folder, trainer, job.setup(own.student).tokenizer, job.trained_on)
         finish(job, folder, {"way": own.label, "seed": seed, "settings": own.settings()})
     remote = job.config.trust_remote_code
     return to_device(load_model(folder, job.splits.kind, trust_remote_code=remote))
@@ -476,10 +482,11 @@ def try_one_step(setup: Setup, way: Way, seed: int, folder: Path, rows: int) -> 
             setattr(args, name, value)
         trainer = setup.trainer(setup.student(seed), args)
         recipe = trainer.recipe
-        for name, part in recipe.fitted.items():
+        for part in recipe.fitted.values():
             if rows < part.least_rows:
                 raise InputError(
-                    f"{name} is fitted to at least {part.least_rows} training rows, and there are "
+                    f"{part.what} is fitted to at least {part.least_rows} training rows"
+                    f"{part.limited_by and f' (recipe option {part.limited_by})'}, and there are "
                     f"{rows}"
                 )
         stage_steps(recipe.stages, steps, _steps_per_epoch(way.training, rows))
@@ -511,14 +518,19 @@ def check_length(model: PreTrainedModel, length: int) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and length > most:
         raise InputError(
-            f"data.max_length is {length}, and {type(model).__name__} has {most} positions"
+            f"data.max_length is {length}, and {type(model).__name__} has {most} positions: set "
+            f"data.max_length to {most} or less"
         )
 
 
 def save_whole(
-    target: Path, trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase
+    target: Path,
+    trainer: DistillationTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    trained_on: TrainedOn,
 ) -> None:
-    """The model by save_pretrained, the recipe's learned parts beside it; all of it or nothing."""
+    """The model by save_pretrained, beside it the recipe's learned parts and what it was trained
+    on; all of it or nothing."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -527,6 +539,7 @@ def save_whole(
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     trainer.save_recipe(partial)
+    trained_on.save(partial)
     if target.exists():
         # Over the model that is there, file by file: whatever else lies there stays.
         for path in partial.iterdir():

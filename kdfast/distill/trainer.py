@@ -716,7 +716,11 @@ def _checkpoints(directory: str | Path) -> list[tuple[Path, int | None]]:
 def _check_labels_agree(student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
     """What would train on the wrong classes without a sign of it."""
     for role, model in (("model", student), ("teacher", teacher)):
-        if model is not None and model.config.problem_type == "multi_label_classification":
+        if (
+            model is not None
+            and model.config.problem_type == "multi_label_classification"
+            and model.config.num_labels != 1  # one is a relevance, see ModelShape.binary
+        ):
             raise InputError(
                 f"{role} is a multi-label classifier, which the recipes do not cover: soft labels "
                 "would compare a softmax of independent labels"

@@ -4,7 +4,13 @@ from kdfast.losses.annealing import AnnealingLoss, annealing_factor
 from kdfast.losses.attention import AttentionKLLoss, RelationKLLoss
 from kdfast.losses.distributed import gather_batch
 from kdfast.losses.hidden import CosineLoss, HiddenMSELoss
-from kdfast.losses.memory import ClusteredMemoryLoss, fit_centroids, flat_states, memory_bytes
+from kdfast.losses.memory import (
+    CentroidFit,
+    ClusteredMemoryLoss,
+    fit_centroids,
+    flat_states,
+    memory_bytes,
+)
 from kdfast.losses.projection import LayerProjectionLoss
 from kdfast.losses.relational import RKDLoss
 from kdfast.losses.scores import AttentionScoreLoss
@@ -16,6 +22,7 @@ __all__ = [
     "AttentionKLLoss",
     "AttentionScoreLoss",
     "CKALoss",
+    "CentroidFit",
     "ClusteredMemoryLoss",
     "CosineLoss",
     "HiddenMSELoss",

@@ -55,13 +55,7 @@ def flat_states(
     return nn.functional.pad(flat, (0, max_length * hidden.shape[2] - flat.shape[1]))
 
 
-def fit_centroids(
-    batches: Callable[[], Iterable[Any]],
-    clusters: int,
-    *,
-    epochs: int = 3,
-    seed: int = 0,
-) -> torch.Tensor:
+class CentroidFit:
     """Centroids of features that need not fit in memory, by k-means under Euclidean distance.
 
     `epochs` passes of scikit-learn's MiniBatchKMeans, then one that puts every centroid at the
@@ -69,90 +63,124 @@ def fit_centroids(
     The same samples and seed give the same bits. The authors' published code instead keeps an
     average dominated by a cluster's last samples, which is not reproduced.
 
+    Feed all samples by `see`, in batches of any sizes, then call `end_pass`; `passes` times over.
+    Then `centroids` is [C, F], float32, on the CPU, until then None.
+
     Args:
-        batches: called once a pass, epochs + 1 times; gives the same samples each time, in batches
-            [B, F] of any sizes (see flat_states), as arrays or tensors, read as float32.
         clusters: C ≥ 1, at most the number of samples.
         epochs: passes of mini-batch k-means; 3 as in the paper.
         seed: of the draws of first centroids and of those put in place of nearly empty ones.
-
-    Returns: [C, F], float32, on the CPU.
-
-    Raises: ValueError for fewer samples than clusters, widths that differ, values that are not
-        finite, and `batches` whose samples run out after the first pass.
 
     Memory beside a batch: some 6·C samples for the first draw, less later.
 
     Source: Jung et al. 2023, section 3 (stage 1: 3 clustering epochs, C = 100 or 300).
     """
-    import numpy
-    from sklearn.cluster import MiniBatchKMeans
 
-    clusters = arguments.integer("fit_centroids", "clusters", clusters, at_least=1)
-    epochs = arguments.integer("fit_centroids", "epochs", epochs, at_least=1)
-    kmeans = MiniBatchKMeans(clusters, random_state=seed, compute_labels=False)
-    width: int | None = None
+    def __init__(self, clusters: int, *, epochs: int = 3, seed: int = 0) -> None:
+        from sklearn.cluster import MiniBatchKMeans
 
-    def samples() -> Iterable[Any]:
-        nonlocal width
-        for batch in batches():
-            if isinstance(batch, torch.Tensor):
-                batch = batch.detach().float().cpu().numpy()
-            batch = numpy.ascontiguousarray(batch, dtype=numpy.float32)
-            if batch.ndim != 2 or batch.shape[1] != (width or batch.shape[1]):
-                wanted = f"[B, {width or 'F'}]"
+        self.clusters = arguments.integer("fit_centroids", "clusters", clusters, at_least=1)
+        self.epochs = arguments.integer("fit_centroids", "epochs", epochs, at_least=1)
+        self.passes = self.epochs + 1
+        self.centroids: torch.Tensor | None = None
+        self._kmeans = MiniBatchKMeans(clusters, random_state=seed, compute_labels=False)
+        self._first: list[Any] = []
+        self._width: int | None = None
+        self._done = 0
+        self._seen = self._count = 0
+        self._sums: Any = None
+        self._members: Any = None
+
+    def see(self, batch: Any) -> None:
+        """batch: samples [B, F], an array or tensor, read as float32. Raises ValueError for widths
+        that differ and values that are not finite."""
+        import numpy
+
+        if isinstance(batch, torch.Tensor):
+            batch = batch.detach().float().cpu().numpy()
+        batch = numpy.ascontiguousarray(batch, dtype=numpy.float32)
+        if batch.ndim != 2 or batch.shape[1] != (self._width or batch.shape[1]):
+            wanted = f"[B, {self._width or 'F'}]"
+            raise ValueError(
+                f"fit_centroids: a batch has shape {list(batch.shape)}, should be {wanted}"
+            )
+        self._width = batch.shape[1]
+        if not len(batch):
+            return
+        self._seen += len(batch)
+        if self._done == self.epochs:
+            self._add(batch)
+        elif hasattr(self._kmeans, "cluster_centers_"):
+            self._kmeans.partial_fit(batch)
+        else:
+            self._first.append(batch.copy())  # the caller may fill its buffer anew
+            if self._seen >= FIRST_SAMPLES * self.clusters:
+                self._begin()
+
+    def end_pass(self) -> None:
+        """All samples were seen. Raises ValueError for fewer samples than clusters, and when a
+        later pass had not as many as the first."""
+        import numpy
+
+        if not self._done:
+            self._count = self._seen
+            if self._count < self.clusters:
                 raise ValueError(
-                    f"fit_centroids: a batch has shape {list(batch.shape)}, should be {wanted}"
+                    f"fit_centroids: clusters is {self.clusters}, should be at most the number of "
+                    f"samples, {self._count}"
                 )
-            width = batch.shape[1]
-            if len(batch):
-                yield batch
+            if self._first:
+                self._begin()
+        self._done += 1
+        if self._seen != self._count:
+            raise ValueError(
+                f"fit_centroids: batches gave {self._count} samples in pass 1 and {self._seen} in "
+                f"pass {self._done}; every call should give all samples again (a function, not one "
+                "iterator)"
+            )
+        self._seen = 0
+        if self._done == self.epochs:
+            self._sums = numpy.zeros((self.clusters, self._width or 0))
+            self._members = numpy.zeros(self.clusters, dtype=numpy.int64)
+        elif self._done == self.passes:
+            members = self._members[:, None]
+            means = (self._sums / numpy.maximum(members, 1)).astype(numpy.float32)
+            centroids = numpy.where(members > 0, means, self._kmeans.cluster_centers_)
+            self.centroids = torch.from_numpy(centroids)
 
-    count = 0
-    first: list[Any] = []
-    for epoch in range(epochs):
-        seen = 0
-        for batch in samples():
-            seen += len(batch)
-            if hasattr(kmeans, "cluster_centers_"):
-                kmeans.partial_fit(batch)
-                continue
-            first.append(batch.copy())  # the caller may fill its buffer anew
-            if seen >= FIRST_SAMPLES * clusters:
-                kmeans.partial_fit(numpy.concatenate(first))
-                first.clear()
-        if epoch == 0:
-            count = seen
-            if count < clusters:
-                raise ValueError(
-                    f"fit_centroids: clusters is {clusters}, should be at most the number of "
-                    f"samples, {count}"
-                )
-            if first:
-                kmeans.partial_fit(numpy.concatenate(first))
-                first.clear()
-        _check_same_samples(seen, count, epoch + 1)
+    def _begin(self) -> None:
+        import numpy
 
-    sums = numpy.zeros((clusters, width or 0))
-    members = numpy.zeros(clusters, dtype=numpy.int64)
-    for batch in samples():
-        nearest = kmeans.predict(batch)
+        self._kmeans.partial_fit(numpy.concatenate(self._first))
+        self._first.clear()
+
+    def _add(self, batch: Any) -> None:
+        import numpy
+
+        nearest = self._kmeans.predict(batch)
         for cluster in numpy.unique(nearest):
             own = batch[nearest == cluster]
-            sums[cluster] += own.sum(0, dtype=numpy.float64)
-            members[cluster] += len(own)
-    _check_same_samples(int(members.sum()), count, epochs + 1)
-    means = (sums / numpy.maximum(members, 1)[:, None]).astype(numpy.float32)
-    centroids = numpy.where(members[:, None] > 0, means, kmeans.cluster_centers_)
-    return torch.from_numpy(centroids)
+            self._sums[cluster] += own.sum(0, dtype=numpy.float64)
+            self._members[cluster] += len(own)
 
 
-def _check_same_samples(seen: int, count: int, number: int) -> None:
-    if seen != count:
-        raise ValueError(
-            f"fit_centroids: batches gave {count} samples in pass 1 and {seen} in pass {number}; "
-            "every call should give all samples again (a function, not one iterator)"
-        )
+def fit_centroids(
+    batches: Callable[[], Iterable[Any]], clusters: int, *, epochs: int = 3, seed: int = 0
+) -> torch.Tensor:
+    """CentroidFit's centroids [C, F] of the samples that `batches` gives, each time it is called.
+
+    Args:
+        batches: called once a pass, epochs + 1 times; gives the same samples each time, in batches
+            [B, F] of any sizes (see flat_states).
+        clusters, epochs, seed: see CentroidFit, also for what raises ValueError.
+    """
+    fit = CentroidFit(clusters, epochs=epochs, seed=seed)
+    for _ in range(fit.passes):
+        for batch in batches():
+            fit.see(batch)
+        fit.end_pass()
+    assert fit.centroids is not None
+    return fit.centroids
 
 
 def memory_bytes(clusters: int, max_length: int, width_s: int, width_t: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kdfast.captured import ModelShape
@@ -48,25 +49,24 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "custom": custom,
 }
 
-__all__ = ["RECIPES", "Recipe", "Term", "build_recipe", "check_recipe"]
+__all__ = ["RECIPES", "Recipe", "Term", "build_recipe", "check_recipe", "options_of"]
 
 
-def check_recipe(name: str, options: dict[str, Any]) -> None:
-    """Raise InputError for an unknown recipe or option, naming the nearest one."""
+def check_recipe(name: str, options: dict[str, Any], beside: Iterable[str] = ()) -> None:
+    """Raise InputError for an unknown recipe or option, naming the nearest one.
+
+    beside: other keys that may stand where the options do, and may have been meant.
+    """
     if not isinstance(name, str) or name not in RECIPES:
         raise InputError(
             f"recipe '{name}' is unknown{nearest(name, RECIPES)}: it must be one of "
             f"{', '.join(RECIPES)}"
         )
-    known = {
-        key: parameter
-        for key, parameter in inspect.signature(RECIPES[name]).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    known = options_of(name)
     for key, value in options.items():
         if key not in known:
             raise InputError(
-                f"recipe '{name}' has no option '{key}'{nearest(key, known)}: it has "
+                f"recipe '{name}' has no option '{key}'{nearest(key, [*beside, *known])}: it has "
                 f"{', '.join(known) or 'none'}"
             )
         if key.endswith("_weight"):
@@ -83,9 +83,35 @@ def check_recipe(name: str, options: dict[str, Any]) -> None:
             raise InputError(f"{key} of recipe '{name}' must be a finite number, was {value!r}")
 
 
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """The options that the recipe `name` takes."""
+    return {
+        key: parameter
+        for key, parameter in inspect.signature(RECIPES[name]).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
 def build_recipe(name: str, student: ModelShape, teacher: ModelShape, **options: Any) -> Recipe:
     """The recipe `name` for this pair of models; InputError for anything it cannot do."""
     check_recipe(name, options)
+    try:
+        return assemble(name, student, teacher, options)
+    except InputError as error:
+        message = str(error)
+        # Names of two words: one like "layers" may just be a word.
+        named = [
+            k for k in options_of(name) if "_" in k and re.search(rf"(?<![\w.]){k}\b", message)
+        ]
+        if not named or name == "custom":
+            raise
+        raise InputError(f"{message} (on the command line recipe.{named[0]}=...)") from error
+
+
+def assemble(
+    name: str, student: ModelShape, teacher: ModelShape, options: dict[str, Any]
+) -> Recipe:
+    """build_recipe for a part of another recipe, checked: no word of where options are set."""
     try:
         recipe = RECIPES[name](student, teacher, **options)
         recipe.options = options

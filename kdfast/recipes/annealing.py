@@ -80,6 +80,6 @@ def annealing(
     }
     stages = [Stage("annealing", ("annealing",))]
     if label_share > 0:
-        terms["labels"] = LabelTerm(label_weight, regression=student.regression)
+        terms["labels"] = LabelTerm(label_weight, student)
         stages.append(Stage("labels", ("labels",), share=label_share, restart=True))
     return Recipe("annealing", terms, stages=stages)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,6 +33,8 @@ LOSSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "annealing": ("annealing", "annealing_weight", {"label_share": 0.0}),
     "pooled": ("embedding", "pooled_weight", {}),
 }
+# What an entry of `losses` may say beside the options of the recipe that the loss is from.
+ENTRY_KEYS = ("loss", "recipe", "weight", "name")
 STAGE_KEYS = ("name", "losses", "layers", "steps", "epochs", "share", "until", "restart")
 
 
@@ -117,11 +118,11 @@ def _part(
     entry: Mapping[str, Any], student: ModelShape, teacher: ModelShape, max_length: int | None
 ) -> tuple[Recipe, str, Weight]:
     """The recipe that an entry of `losses` stands for, the name of its terms, and their factor."""
-    from kdfast.recipes import RECIPES, build_recipe
+    from kdfast.recipes import assemble, check_recipe, options_of
 
     if not isinstance(entry, Mapping) or ("loss" in entry) == ("recipe" in entry):
         raise InputError(f'each of losses must be a mapping with "loss" or "recipe", was {entry!r}')
-    options = {k: v for k, v in entry.items() if k not in ("loss", "recipe", "weight", "name")}
+    options = {k: v for k, v in entry.items() if k not in ENTRY_KEYS}
     if "recipe" in entry:
         recipe, weight = entry["recipe"], Weight(entry.get("weight", 1.0))
         if recipe == "custom":
@@ -133,9 +134,7 @@ def _part(
                 f"one of {', '.join(LOSSES)}"
             )
         recipe, own, fixed = LOSSES[entry["loss"]]
-        weights = [
-            o for o in inspect.signature(RECIPES[recipe]).parameters if o.endswith("_weight")
-        ]
+        weights = [option for option in options_of(recipe) if option.endswith("_weight")]
         for option in options:
             if (option in weights and option != "pseudo_label_weight") or option in fixed:
                 raise InputError(
@@ -144,12 +143,13 @@ def _part(
         zero = dict.fromkeys((w for w in weights if w != "pseudo_label_weight"), 0.0)
         options |= {**zero, **fixed, own: entry.get("weight", 1.0)}
         weight = Weight(1.0)
-    if recipe in RECIPES and "max_length" in inspect.signature(RECIPES[recipe]).parameters:
+    check_recipe(recipe, options, beside=ENTRY_KEYS)
+    if "max_length" in options_of(recipe):
         options.setdefault("max_length", max_length)
     name = entry.get("name", entry.get("loss", entry.get("recipe")))
     if not isinstance(name, str) or not name.isidentifier():
         raise InputError(f"the name of a loss must be a word, was {name!r}")
-    return build_recipe(recipe, student, teacher, **options), name, weight
+    return assemble(recipe, student, teacher, options), name, weight
 
 
 def _stage(entry: Mapping[str, Any], terms: Mapping[str, Term], student: ModelShape) -> Stage:

@@ -4,14 +4,13 @@ L_I: alignment of the tokens within each sample (Eq. 6); L_L: of the samples wit
 (Eq. 7); L_G: of the samples with a memory of the whole data set (Eq. 8-10); beside soft labels.
 """
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from kdfast.captured import Captured, ModelShape, Needs
 from kdfast.errors import InputError
-from kdfast.losses import CKALoss, ClusteredMemoryLoss, fit_centroids, flat_states, memory_bytes
+from kdfast.losses import CentroidFit, CKALoss, ClusteredMemoryLoss, flat_states, memory_bytes
 from kdfast.recipes.layer_map import LayerMap
 from kdfast.recipes.layer_map import layer_map as resolve_layer_map
 from kdfast.recipes.recipe import Fitted, Recipe, Term
@@ -22,6 +21,8 @@ from kdfast.recipes.terms import HiddenTerm, active_pairs, output_terms
 class Memory(Fitted):
     """The memories of one layer pair and their loss; the teacher's by k-means on training data."""
 
+    limited_by = "clusters"
+
     def __init__(self, layer: int, loss: ClusteredMemoryLoss, *, epochs: int, seed: int) -> None:
         super().__init__()
         self.layer = layer
@@ -30,6 +31,8 @@ class Memory(Fitted):
         self.seed = seed
         self.passes = epochs + 1
         self.least_rows = len(loss.teacher_memory)
+        self.what = f"the memory of teacher layer {layer}"
+        self._fit: CentroidFit | None = None
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -41,23 +44,28 @@ class Memory(Fitted):
             "seed": self.seed,
         }
 
-    def fit(self, batches: Callable[[], Iterable[tuple[Captured, torch.Tensor | None]]]) -> None:
-        def features() -> Iterable[torch.Tensor]:
-            for teacher, _ in batches():
-                yield flat_states(
-                    teacher.hidden_states[self.layer],
-                    teacher.attention_mask,
-                    max_length=self.loss.max_length,
-                    padding=self.loss.padding,
-                )
-
-        try:
-            centroids = fit_centroids(
-                features, len(self.loss.teacher_memory), epochs=self.epochs, seed=self.seed
+    def see(self, teacher: Captured, labels: torch.Tensor | None) -> None:
+        if self._fit is None:
+            self._fit = CentroidFit(
+                len(self.loss.teacher_memory), epochs=self.epochs, seed=self.seed
             )
+        features = flat_states(
+            teacher.hidden_states[self.layer],
+            teacher.attention_mask,
+            max_length=self.loss.max_length,
+            padding=self.loss.padding,
+        )
+        self._fit.see(features)
+
+    def end_pass(self) -> None:
+        try:
+            assert self._fit is not None
+            self._fit.end_pass()
         except ValueError as error:
-            raise InputError(f"the memory of teacher layer {self.layer}: {error}") from error
-        self.loss.set_teacher_memory(centroids)
+            raise InputError(f"{self.what}: {error}") from error
+        if self._fit.centroids is not None:
+            self.loss.set_teacher_memory(self._fit.centroids)
+            self._fit = None
 
     def fitted_state(self) -> dict[str, torch.Tensor]:
         return {"teacher_memory": self.loss.teacher_memory}
@@ -210,6 +218,6 @@ def _check_memory(clusters: int, length: int, width_s: int, width_t: int, pairs:
     if size > free:
         raise InputError(
             f"{shown}: the memories, with gradient and optimizer state, take {size / 1e9:.1f} GB, "
-            f"and {free / 1e9:.1f} GB are free: lower clusters or max_length"
+            f"and {free / 1e9:.1f} GB are free: lower clusters (recipe.clusters) or data.max_length"
         )
     return f"{shown}; the memories take {size / 1e6:.0f} MB in training"

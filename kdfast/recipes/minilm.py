@@ -53,10 +53,10 @@ def check_relations(
             "relation_heads to a number that divides the widths of both"
         )
     for role, shape, own in zip(("student", "teacher"), (student, teacher), shared, strict=True):
-        width = shape.width // shape.heads * own
-        if heads is not None and width % heads:
+        if heads is not None and shape.key_width % heads:
             raise InputError(
-                f"relation_heads must divide the width of the {role}'s keys and values, {width} "
+                "relation_heads must divide the width of the "
+                f"{role}'s keys and values, {shape.key_width} "
                 f"({own} heads), was {heads}"
             )
 

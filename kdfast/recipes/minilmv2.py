@@ -55,11 +55,7 @@ def minilmv2(
     heads = relation_heads
     if heads is None:
         # Of what the narrowest of queries, keys and values has.
-        widths = [
-            shape.width // shape.heads * (shape.key_value_heads or shape.heads)
-            for shape in (student, teacher)
-            if shape.heads
-        ]
+        widths = [shape.key_width for shape in (student, teacher) if shape.heads]
         heads = default_relation_heads(*widths) if len(widths) == 2 else 1
     if Weight(relation_weight).maximum > 0:
         check_heads(student, teacher, relation_heads=heads)

@@ -50,26 +50,45 @@ class Term(nn.Module):
 class Fitted(nn.Module):
     """A learned part that is fitted to the frozen teacher on the training data, before training.
 
-    needs: what it reads of the teacher. passes: how often it reads the training data, of which it
-    wants least_rows, and labels if needs_labels. What it learns are buffers or parameters, saved
-    with the recipe and kept for other runs.
+    needs: what it reads of the teacher. passes: how often it reads the training data, in one fixed
+    order; all parts of a recipe read it together. least_rows: how many it wants, by the option
+    `limited_by`; needs_labels: with labels. has_enough: nothing more of the pass will change it.
+    what: its name for people. What it learns are buffers or parameters, saved with the recipe and
+    kept for other runs.
     """
 
     needs = Needs(hidden_states=True)
+    what = "a learned part"
     passes = 1
     least_rows = 1
+    limited_by = ""
     needs_labels = False
+    has_enough = False
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, beside teacher and data; JSON."""
         raise NotImplementedError
 
-    def fit(self, batches: Callable[[], Iterable[tuple[Captured, torch.Tensor | None]]]) -> None:
-        """batches: called once a pass; all of the data in one fixed order, teacher and labels."""
+    def see(self, teacher: Captured, labels: torch.Tensor | None) -> None:
+        """A batch of the pass that is under way."""
         raise NotImplementedError
 
+    def end_pass(self) -> None:
+        """After the last of `passes` calls it is fitted."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fit(self, batches: Callable[[], Iterable[tuple[Captured, torch.Tensor | None]]]) -> None:
+        """batches: called once a pass; all of the data in one fixed order, teacher and labels."""
+        for _ in range(self.passes):
+            for teacher, labels in batches():
+                self.see(teacher, labels)
+                if self.has_enough:
+                    break
+            self.end_pass()
+
     def fitted_state(self) -> dict[str, torch.Tensor]:
-        """What `fit` made, for `load_fitted` of a later run."""
+        """What was fitted, for `load_fitted` of a later run."""
         return self.state_dict()
 
     def load_fitted(self, state: dict[str, torch.Tensor]) -> None:
@@ -170,10 +189,19 @@ class Recipe(nn.Module):
             [("term", "weight", "compares")]
             + [(name, str(term.weight), str(term.describe)) for name, term in terms.items()]
         ]
-        if self.layers:
-            students, teachers = zip(*self.layers, strict=True)
+        # Terms with equal maps share a row; where they differ, each says whose it is.
+        maps: dict[LayerMap, list[str]] = {}
+        for name, term in terms.items():
+            if pairs := getattr(term, "pairs", ()):
+                maps.setdefault(tuple(pairs), []).append(name)
+        for pairs, names in (maps or ({self.layers: []} if self.layers else {})).items():
+            students, teachers = zip(*pairs, strict=True)
+            whose = f"{', '.join(names)}: " if len(maps) > 1 else ""
             blocks.append(
-                [("student layer", *map(str, students)), ("teacher layer", *map(str, teachers))]
+                [
+                    (f"{whose}student layer", *map(str, students)),
+                    ("teacher layer".rjust(len(whose) + 13), *map(str, teachers)),
+                ]
             )
         if len(self.stages) > 1:
             lasts = [""] * len(self.stages) if steps is None else [f"≤ {n}" for n in steps]

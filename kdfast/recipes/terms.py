@@ -23,32 +23,52 @@ def describe_pairs(pairs: LayerMap) -> str:
 
 
 class LabelTerm(Term):
-    """Cross-entropy on the labels (of every labelled token); mean squared error for regression."""
+    """Cross-entropy on the labels (of every labelled token); mean squared error for regression,
+    binary cross-entropy for a relevance in [0, 1]."""
 
     needs_teacher = False
     needs_labels = True
     unit = "labels"
 
-    def __init__(self, weight: Any, *, regression: bool) -> None:
+    def __init__(self, weight: Any, student: ModelShape) -> None:
         super().__init__(weight, "student logits with labels")
-        self.regression = regression
+        self.shape = student
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
     ) -> torch.Tensor:
         if labels is None:
             raise ValueError("this recipe trains on labels and the batch has none ('labels')")
-        return label_loss(logits_of(student, "student"), labels, regression=self.regression)
+        return label_loss(logits_of(student, "student"), labels, self.shape)
 
 
-def label_loss(logits: torch.Tensor, labels: torch.Tensor, *, regression: bool) -> torch.Tensor:
-    """logits [..., C], labels [...]; −100 is no label. Mean over labels."""
+def label_loss(logits: torch.Tensor, labels: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """logits [..., C], labels [...]; −100 is no label. Mean over labels.
+
+    shape: of the model whose logits these are. Raises InputError for a relevance beyond [0, 1].
+    """
     logits = logits.float()
-    if regression:
+    if shape.binary:
+        check_relevance(labels)
+        return F.binary_cross_entropy_with_logits(logits, labels.float().view_as(logits))
+    if shape.regression:
         return F.mse_loss(logits, labels.float().view_as(logits))
     # A sum and a count, since the mean over no label at all would be NaN.
     total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
     return total / (labels != -100).sum().clamp(min=1)
+
+
+def check_relevance(labels: torch.Tensor) -> None:
+    """InputError for labels that binary cross-entropy has no minimum for."""
+    # Waits for the device in each step; of rerankers alone, and otherwise their loss would fall
+    # without end.
+    if not ((labels >= 0) & (labels <= 1)).all():
+        raise InputError(
+            "a reranker learns relevance from 0 to 1 (binary cross-entropy), and the labels go "
+            f"from {float(labels.min()):g} to {float(labels.max()):g}: divide them by the highest "
+            "grade, or train squared error (data.kind=regression, or problem_type 'regression' in "
+            "the model's configuration)"
+        )
 
 
 class SoftLabelTerm(Term):
@@ -192,16 +212,19 @@ def check_heads(
                 "on hidden states or logits (e.g. recipe universal or soft_labels)"
             )
         if relation_heads is not None and (
-            type(relation_heads) is not int or relation_heads < 1 or shape.width % relation_heads
+            type(relation_heads) is not int
+            or relation_heads < 1
+            or shape.query_width % relation_heads
         ):
+            what = "width" if shape.query_width == shape.width else "queries' width"
             raise InputError(
-                f"relation_heads must divide the {role}'s width {shape.width}, was "
+                f"relation_heads must divide the {role}'s {what} {shape.query_width}, was "
                 f"{relation_heads!r}"
             )
     if student.heads != teacher.heads and relation_heads is None and match_heads is None:
         offers = {
             "relation_heads": "relation_heads to a number that divides both widths "
-            f"({student.width} and {teacher.width})",
+            f"({student.query_width} and {teacher.query_width})",
             "match_heads": "match_heads to 'mean'",
         }
         raise InputError(
@@ -230,7 +253,7 @@ def output_terms(
 ) -> dict[str, Term]:
     """The terms on logits that every recipe offers; checks that both heads speak of the same."""
     terms: dict[str, Term] = {
-        "labels": LabelTerm(label_weight, regression=student.regression),
+        "labels": LabelTerm(label_weight, student),
         "soft_labels": SoftLabelTerm(
             soft_label_weight,
             temperature=temperature,

@@ -7,7 +7,6 @@ has layers: a shallow transformer, a BiLSTM, a CNN.
 """
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +19,15 @@ from kdfast.losses.layers import choose
 from kdfast.ops.layer_projection import layer_projection
 from kdfast.recipes.recipe import Fitted, Recipe, Term
 from kdfast.recipes.schedule import Moment, Stage
-from kdfast.recipes.terms import LabelTerm, label_loss, logits_of, output_terms, pool_of, pooled
+from kdfast.recipes.terms import (
+    LabelTerm,
+    check_relevance,
+    label_loss,
+    logits_of,
+    output_terms,
+    pool_of,
+    pooled,
+)
 
 TRAINING = ("fitted", "joint", "free")
 
@@ -55,63 +62,85 @@ class PseudoClassifiers(nn.Module):
 class FittedClassifiers(PseudoClassifiers, Fitted):
     """Pseudo classifiers of the frozen teacher, each the logistic (ridge) regression of the labels.
 
+    student: whose labels they are; its one value of a relevance is a logistic regression too.
+
     The problem is convex, so it is solved rather than trained: on standardised pooled states of
     `rows` training sentences, with the inverse penalty `c` (scikit-learn's C), then frozen.
     """
 
+    what = "the teacher's pseudo classifiers"
     needs_labels = True
 
     def __init__(
-        self, shape: ModelShape, classes: int, pool: str, *, regression: bool, c: float, rows: int
+        self, shape: ModelShape, student: ModelShape, pool: str, *, c: float, rows: int
     ) -> None:
+        classes = student.classes
+        assert classes is not None
         super().__init__(shape, classes, pool)
-        if regression and classes != 1:
+        if student.regression and classes != 1:
             raise InputError(
                 f"pseudo classifiers are fitted to one value or to classes, and the teacher has "
                 f"{classes} values: set pseudo_classifiers to joint"
             )
         self.requires_grad_(False)
-        self.regression = regression
+        self.student = student
         self.c = c
         self.rows = rows
+        self._states: list[list[torch.Tensor]] = [[] for _ in self.classifiers]
+        self._targets: list[torch.Tensor] = []
 
     def settings(self) -> dict[str, Any]:
         return {
             "pool": self.pool,
             "classes": self.classes,
-            "regression": self.regression,
+            "regression": "binary" if self.student.binary else self.student.regression,
             "c": self.c,
             "rows": self.rows,
         }
 
-    def fit(self, batches: Callable[[], Iterable[tuple[Captured, torch.Tensor | None]]]) -> None:
-        states: list[list[torch.Tensor]] = [[] for _ in self.classifiers]
-        targets: list[torch.Tensor] = []
-        for teacher, labels in batches():
-            if labels is None:
-                raise InputError(
-                    "pseudo classifiers are fitted to labels and the training data has none "
-                    "('labels')"
-                )
-            known = labels != -100
-            for kept, h in zip(states, self.states(teacher), strict=True):
-                kept.append(h[known].float().cpu())
-            targets.append(labels[known].cpu())
-            if sum(map(len, targets)) >= self.rows:
-                break
-        for module, kept in zip(self.classifiers, states, strict=True):
+    @property
+    def has_enough(self) -> bool:  # type: ignore[override]
+        return sum(map(len, self._targets)) >= self.rows
+
+    def see(self, teacher: Captured, labels: torch.Tensor | None) -> None:
+        if labels is None:
+            raise InputError(
+                "pseudo classifiers are fitted to labels and the training data has none ('labels')"
+            )
+        known = labels != -100
+        for kept, h in zip(self._states, self.states(teacher), strict=True):
+            kept.append(h[known].float().cpu())
+        self._targets.append(labels[known].cpu())
+
+    def end_pass(self) -> None:
+        y = torch.cat(self._targets).numpy()
+        for module, kept in zip(self.classifiers, self._states, strict=True):
             classify: Any = module
             x = torch.cat(kept).double()
             mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
-            weight, bias = self._solve(((x - mean) / scale).numpy(), torch.cat(targets).numpy())
+            weight, bias = self._solve(((x - mean) / scale).numpy(), y)
             classify.weight.copy_(weight / scale)
             classify.bias.copy_(bias - (weight / scale) @ mean)
+            kept.clear()
+        self._targets.clear()
 
     def _solve(self, x: Any, y: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """[C, D] and [C] in float64 for standardised x [n, D] and labels y [n]."""
+        import numpy as np
         from sklearn.linear_model import LogisticRegression, Ridge
 
-        if self.regression:
+        if self.student.binary:
+            # A relevance of 0.3 is 0.3 of a relevant row and 0.7 of one that is not.
+            check_relevance(torch.from_numpy(y))
+            share = np.concatenate([y, 1 - y])
+            if not 0 < share[: len(y)].mean() < 1:
+                level = math.log(1 + len(y)) * (1 if y[0] == 1 else -1)
+                return torch.zeros(1, x.shape[1]).double(), torch.tensor([level]).double()
+            both = np.repeat([1, 0], len(y))
+            one = LogisticRegression(C=self.c, max_iter=1000)
+            one.fit(np.concatenate([x, x]), both, sample_weight=share)
+            return torch.from_numpy(one.coef_), torch.from_numpy(one.intercept_)
+        if self.student.regression:
             ridge = Ridge(alpha=1 / self.c).fit(x, y)
             return torch.from_numpy(ridge.coef_)[None], torch.tensor([float(ridge.intercept_)])
         seen = sorted(set(y.tolist()))
@@ -136,13 +165,13 @@ class PseudoLabelTerm(Term):
     needs_labels = True
     unit = "labels"
 
-    def __init__(self, weight: Any, classifiers: PseudoClassifiers, *, regression: bool) -> None:
+    def __init__(self, weight: Any, classifiers: PseudoClassifiers, student: ModelShape) -> None:
         super().__init__(
             weight, f"teacher pseudo classifiers ({len(classifiers.layers)}) with labels"
         )
         # Owned (trained, saved) by PseudoProjectionTerm; a tuple keeps it from a second entry.
         self._classifiers = (classifiers,)
-        self.regression = regression
+        self.shape = student
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
@@ -150,10 +179,7 @@ class PseudoLabelTerm(Term):
         if labels is None:
             raise ValueError("pseudo classifiers train on labels and the batch has none ('labels')")
         return torch.stack(
-            [
-                label_loss(logits, labels, regression=self.regression)
-                for logits in self._classifiers[0](teacher)
-            ]
+            [label_loss(logits, labels, self.shape) for logits in self._classifiers[0](teacher)]
         ).mean()
 
 
@@ -274,12 +300,7 @@ def universal(
     of_student = None if capacity_gap else PseudoClassifiers(student, student.classes, pools[0])
     if pseudo_classifiers == "fitted":
         of_teacher: PseudoClassifiers = FittedClassifiers(
-            teacher,
-            student.classes,
-            pools[1],
-            regression=student.regression,
-            c=pseudo_c,
-            rows=pseudo_rows,
+            teacher, student, pools[1], c=pseudo_c, rows=pseudo_rows
         )
     else:
         of_teacher = PseudoClassifiers(teacher, student.classes, pools[1])
@@ -297,9 +318,7 @@ def universal(
         learns_from_student=pseudo_classifiers == "free",
     )
     if pseudo_classifiers == "joint" and terms["projection"].weight.maximum > 0:
-        terms["pseudo_labels"] = PseudoLabelTerm(
-            pseudo_label_weight, of_teacher, regression=student.regression
-        )
+        terms["pseudo_labels"] = PseudoLabelTerm(pseudo_label_weight, of_teacher, student)
         if not terms["pseudo_labels"].weight.maximum > 0:
             raise InputError(
                 "pseudo_label_weight must be positive with pseudo_classifiers='joint': untrained "
@@ -311,5 +330,5 @@ def universal(
             Stage("distillation", tuple(terms)),
             Stage("labels", ("classification",), share=label_share, restart=True),
         ]
-        terms["classification"] = LabelTerm(1.0, regression=student.regression)
+        terms["classification"] = LabelTerm(1.0, student)
     return Recipe("universal", terms, stages=stages)

@@ -61,7 +61,7 @@ def test_compare_tunes_on_dev_trains_all_seeds_and_tests_the_differences(setting
     config, run_dir = settings
     assert main(["compare", str(config)]) == 0
     out = capsys.readouterr().out
-    assert "[9/9] internal, seed 3" in out and "min left" in out or "nearly done" in out
+    assert "[9/9] internal, seed 3" in out and "min left" in out or "a minute left" in out
     results = json.loads((run_dir / "comparison.json").read_text())
     assert [(r["way"], r["seed"]) for r in results["students"]] == [
         *(("soft_labels", 1), ("soft_labels", 2)),

@@ -12,7 +12,7 @@ from kdfast.distill.config import (
     shipped,
 )
 from kdfast.errors import InputError
-from kdfast.recipes import RECIPES
+from kdfast.recipes import RECIPES, check_recipe
 
 
 @pytest.mark.parametrize("name", [n for n in shipped() if n not in ("finetune", "comparison")])
@@ -23,8 +23,7 @@ def test_every_shipped_configuration_is_valid(name, quick):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_has_a_configuration_of_its_name(recipe):
-    if recipe != "labels":
-        assert read_config(DistillConfig, recipe).ways()[-1].recipe == recipe
+    assert read_config(DistillConfig, recipe).ways()[-1].recipe == recipe
 
 
 def test_the_shipped_comparison_is_that_of_the_papers():
@@ -43,7 +42,8 @@ def test_the_shipped_comparison_is_that_of_the_papers():
 
 
 def test_the_shipped_finetune_configuration_is_valid():
-    assert read_config(FinetuneConfig, "finetune").data.student_train == 0
+    quickstart = read_config(DistillConfig, "quickstart")
+    assert read_config(FinetuneConfig, "finetune").data == quickstart.data
 
 
 def test_the_quickstart_is_what_the_readme_says():
@@ -51,6 +51,31 @@ def test_the_quickstart_is_what_the_readme_says():
     assert [way.label for way in config.ways()] == ["labels", "soft_labels", "internal"]
     assert len(config.seeds) == 3 and config.data.test >= 4000
     assert 150 <= config.training.steps <= 200 and config.data.student_train == 1000
+
+
+def test_a_configuration_of_another_command_is_named():
+    with pytest.raises(
+        InputError, match="'ways' is of a .* for kdfast compare.* for kdfast distill"
+    ):
+        read_config(DistillConfig, "comparison")
+    with pytest.raises(
+        InputError, match="is of a configuration for kdfast distill or compare.* finetune"
+    ):
+        read_config(FinetuneConfig, "internal")
+
+
+def test_glue_runs_of_several_tasks_have_their_own_directories():
+    config = read_config(DistillConfig, "glue_bert6", ["data.task=rte"])
+    assert config.output_dir == "runs/glue-bert6-rte"
+    with pytest.raises(InputError, match="data.task is not set"):
+        read_config(DistillConfig, "quickstart", ["output_dir=runs/{task}"])
+
+
+def test_a_misspelt_key_of_a_way_or_loss_is_suggested():
+    with pytest.raises(InputError, match="'lable'.*did you mean 'label'"):
+        read_config(DistillConfig, "internal", ["recipe.lable=x"])
+    with pytest.raises(InputError, match="'wieght'.*did you mean 'weight'"):
+        check_recipe("fsd", {"wieght": 3}, beside=("loss", "weight"))
 
 
 def test_overrides_change_single_keys():
@@ -137,7 +162,7 @@ def test_an_unknown_configuration_lists_the_shipped_ones():
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(InputError, match="nowhere.yaml cannot be read"):
+    with pytest.raises(InputError, match="no configuration file .*nowhere.yaml"):
         read_config(DistillConfig, "nowhere.yaml")
 
 
@@ -180,7 +205,7 @@ def test_a_recipe_section_without_a_name_changes_the_one_below(tmp_path):
     ("text", "message"),
     [
         ("extends: a.yaml", "extend one another: .*a.yaml -> .*a.yaml"),
-        ("extends: b.yaml", "b.yaml cannot be read"),
+        ("extends: b.yaml", "no configuration file .*b.yaml"),
         ("extends: quikstart", "did you mean 'quickstart'"),
         ("extends: [quickstart]", "extends in .* must be"),
     ],

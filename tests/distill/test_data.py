@@ -1,5 +1,6 @@
 """Loading, cleaning, splitting and tokenizing labelled sentences; every mistake is one line."""
 
+import dataclasses
 import importlib.util
 import json
 from collections import Counter
@@ -108,14 +109,34 @@ def test_groups_stay_whole_and_parts_keep_their_sizes(write):
     assert sum(map(len, seen)) == len(set().union(*seen))
 
 
-def test_too_few_rows_shrink_all_parts_in_proportion(write):
+def test_too_few_rows_shrink_the_train_parts_in_proportion(write):
     splits = load(
         write(text=TEXTS, label=LABELS), teacher_train=4000, student_train=1000, test=4000
     )
     made = sizes(splits)
     assert sum(made.values()) in range(ROWS - 4, ROWS + 1)
-    assert abs(made["teacher_train"] - made["test"]) <= 1
+    assert made["test"] == int(0.4 * ROWS) and made["dev"] == 30
+    assert made["teacher_train"] == pytest.approx(4 * made["student_train"], abs=40)
     assert any("parts shrink to" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize("train", [(4000, 0), (0, 4000), (150, 150), (10, 4000)])
+def test_what_is_held_out_of_few_rows_does_not_hang_on_the_train_parts(write, train):
+    path = write(text=TEXTS, label=LABELS)
+    held = DataConfig(path=path, test=4000, dev=500)
+    one, other = (
+        load_data(dataclasses.replace(held, teacher_train=t, student_train=s))
+        for t, s in ((4000, 1000), train)
+    )
+    for part in ("test", "dev"):
+        assert one.fingerprints[part] == other.fingerprints[part]
+    assert sum(sizes(other).values()) > ROWS - 4
+
+
+def test_a_part_takes_what_the_others_leave(write):
+    path = write(text=TEXTS, label=LABELS)
+    made = sizes(load(path, teacher_train=0, student_train=20, test=4000))
+    assert made["student_train"] == 20 and made["test"] == ROWS - 50
 
 
 def test_no_part_shrinks_below_ten_rows(write):

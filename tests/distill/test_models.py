@@ -102,7 +102,7 @@ def test_cutting_neither_changes_nor_shares_the_base(family):
 
 
 def test_an_integer_spaces_layers_evenly():
-    assert [models._layer_indices(n, 6) for n in (1, 2, 3, 4, 6)] == [
+    assert [models.layer_indices(n, 6) for n in (1, 2, 3, 4, 6)] == [
         [0],
         [0, 3],
         [0, 2, 4],
@@ -123,7 +123,7 @@ def test_an_integer_spaces_layers_evenly():
     ],
 )
 def test_layers_are_chosen_by_name(layers, kept):
-    assert models._layer_indices(layers, 6) == kept
+    assert models.layer_indices(layers, 6) == kept
 
 
 def test_modernbert_student_keeps_the_attention_type_of_its_layers():

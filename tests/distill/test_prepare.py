@@ -44,6 +44,34 @@ def test_a_run_that_reads_its_memory_ends_with_the_bits_of_the_one_that_made_it(
             assert torch.equal(value, other.state_dict()[name]), name
 
 
+def test_all_parts_of_a_recipe_share_the_passes(make_trainer):
+    """Two memories and the pseudo classifiers: as many teacher forwards as for one memory, and the
+    bits of each fitted alone."""
+    losses = [
+        {"loss": "global", "clusters": 8, "layer_map": [[1, 2], [2, 4]]},
+        {"loss": "pseudo_projection"},
+    ]
+    together = make_trainer("custom", recipe_options={"losses": losses}, max_steps=1)
+    forwards = 0
+
+    def count(*_):
+        nonlocal forwards
+        forwards += 1
+
+    handle = together.teacher.register_forward_hook(count)
+    said = together._prepare_recipe()
+    handle.remove()
+    assert forwards == 4 * 2  # k-means' four passes over 48 rows, 32 a batch
+    assert sum("in 4 passes" in line for line in said) == 2
+    for entry, key in zip(losses, ("global", "pseudo_projection"), strict=True):
+        alone = make_trainer("custom", recipe_options={"losses": [entry]}, max_steps=1)
+        alone._prepare_recipe()
+        for name, part in alone.recipe.fitted.items():
+            assert name.startswith(key)
+            for field, value in part.fitted_state().items():
+                assert torch.equal(value, together.recipe.fitted[name].fitted_state()[field])
+
+
 def test_another_teacher_setting_or_data_set_is_fitted_anew(memory_trainer, tmp_path, teacher):
     memory_trainer().train()
     memory_trainer(clusters=4).train()

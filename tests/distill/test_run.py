@@ -366,13 +366,39 @@ def test_finetune_saves_a_teacher_that_evaluate_scores(
     )
     assert status == 0 and "test: accuracy" in out
     printed = out.split("test: ")[1].split(",")[0]
-    status, out, _ = run(
-        *("evaluate", folder, f"data.path={csv_file}", *data, "data.student_train=0"),
-        f"teacher={tiny_bert}",
-    )
-    assert status == 0 and printed in out and "agreement" in out
+    # Parts and lengths are those that the model was trained with, unless the call says otherwise.
+    status, out, _ = run("evaluate", folder, f"teacher={tiny_bert}")
+    assert status == 0 and printed in out and "agreement" in out and "trained on" not in out
+    status, out, _ = run("evaluate", folder, f"data.path={csv_file}", "data.seed=5")
+    assert status == 0 and "the model was trained on" in out
+    status, out, _ = run("analyze", folder, tiny_bert, f"output_dir={tmp_path / 'analysis'}")
+    assert status == 0 and "of 40 sentences" in out
     message = refused(run("finetune", "finetune", f"output_dir={folder}"))
     assert "not empty" in message
+
+
+def test_a_students_data_travel_with_it_and_rows_that_its_teacher_saw_are_named(
+    settings, run, tmp_path, csv_file, tiny_bert
+):
+    config, run_dir = settings
+    few = ("baselines=[]", "recipe=soft_labels", "seeds=[1]")
+    teacher = tmp_path / "own-teacher"
+    quick = (f"model={tiny_bert}", "training.steps=2", "data.max_length=32")
+    sizes = ("data.teacher_train=120", "data.student_train=0", "data.dev=10", "data.test=20")
+    data = (f"data.path={csv_file}", *sizes)
+    assert run("finetune", "finetune", *data, *quick, f"output_dir={teacher}")[0] == 0
+    status, out, _ = run("distill", config, *few, f"teacher={teacher}")
+    assert status == 0 and "data.teacher_train=0 gives them" in out
+    assert "of the 40 test rows" in out and "of the 48 student_train rows" in out
+    student = run_dir / "students/soft_labels/seed-1"
+    accuracy = f"{json.loads(student.with_suffix('.json').read_text())['accuracy']:.4g}"
+    status, out, _ = run("evaluate", student)
+    assert status == 0 and f"test, 40 rows: accuracy {accuracy}" in out
+    # Another source: only the length is taken over.
+    other = tmp_path / "other.csv"
+    other.write_text(csv_file.read_text())
+    status, out, _ = run("evaluate", student, f"data.path={other}", "data.test=30", "data.seed=5")
+    assert status == 0 and "cut at 32 tokens" in out and "the model was trained on" in out
 
 
 def start(config, *changes):

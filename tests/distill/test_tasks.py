@@ -8,6 +8,7 @@ import yaml
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from kdfast.cli import main
+from kdfast.distill.capture import model_shape
 from kdfast.distill.config import DistillConfig, read_config
 from kdfast.distill.models import load_model
 
@@ -172,14 +173,49 @@ def test_a_reranker_has_one_output_and_is_scored_by_correlation(run, tmp_path, m
         "recipe=internal",
     )
     assert {"pearson", "spearman", "mse_to_teacher"} <= results["students"][0].keys()
+    # No query has two candidates here.
+    assert results["primary"] == "pearson" and "ndcg_at_10" not in results["students"][0]
     folder = run_dir / "students" / "internal" / "seed-0"
-    assert AutoModelForSequenceClassification.from_pretrained(folder).config.num_labels == 1
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.problem_type == "multi_label_classification" and model_shape(model).binary
 
 
-def test_words_are_tagged_and_scored_one_by_one(run, tmp_path, make_sentences):
+def test_a_rerankers_queries_are_ranked_and_the_difference_is_tested_over_them(
+    run, tmp_path, make_sentences
+):
+    file = tmp_path / "pairs.csv"
+    rows = [
+        f"query {i // 4},{text} {i},{int(i % 4 == 0)}"
+        for i, (text, _) in enumerate(make_sentences(160))
+    ]
+    file.write_text("\n".join(["query,document,relevance", *rows]))
+    results, out, _ = run(
+        *(f"data.path={file}", "data.kind=reranking", "data.label=relevance"),
+        *("data.dev=20", "baselines=[labels]", "recipe=soft_labels"),
+    )
+    assert results["primary"] == "ndcg_at_10" and "nDCG@10" in out and "MRR@10" in out
+    assert 0 < results["teacher"]["ndcg_at_10"] <= 1
+    # One seed: the queries alone tell the error, ten of them in 40 rows.
+    tested = results["comparison"]["differences"]["labels"]
+    assert tested["ndcg_at_10"]["degrees_of_freedom"] == pytest.approx(9)
+    assert tested["mse_to_teacher"]["degrees_of_freedom"] == pytest.approx(9)
+    assert "pearson" not in tested and "test queries alone (one seed)" in out
+    records = {record["way"]: record["ndcg_at_10"] for record in results["students"]}
+    assert tested["ndcg_at_10"]["difference"] == pytest.approx(
+        records["labels"] - records["soft_labels"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("tag", "primary", "measured"),
+    [("GOOD", "accuracy", "accuracy"), ("B-good", *["entity_f1"] * 2)],
+)
+def test_words_are_tagged_and_scored_one_by_one_or_as_entities(
+    run, tmp_path, make_sentences, tag, primary, measured
+):
     file = tmp_path / "words.conll"
     sentences = [
-        "\n".join(f"{word} {'GOOD' if word in ('good', 'fine') else 'O'}" for word in text.split())
+        "\n".join(f"{word} {tag if word in ('good', 'fine') else 'O'}" for word in text.split())
         for text, _ in make_sentences(160)
     ]
     file.write_text("\n\n".join(sentences))
@@ -187,7 +223,11 @@ def test_words_are_tagged_and_scored_one_by_one(run, tmp_path, make_sentences):
         f"data.path={file}", "data.kind=token_classification", "baselines=[labels]", "seeds=[0,1]"
     )
     assert 0 < results["students"][0]["accuracy"] <= 1
-    assert results["sentences"] is False
+    assert results["primary"] == primary and measured in results["teacher"]
+    # Whole sentences are drawn, of which there are 40, and not words.
+    (tested,) = results["comparison"]["differences"].values()
+    assert {measured, "accuracy", "kl_to_teacher"} <= tested.keys()
+    assert tested["accuracy"]["degrees_of_freedom"] <= 40
 
 
 def test_shipped_glue_configurations_name_the_papers_models():

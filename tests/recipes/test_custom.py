@@ -147,3 +147,10 @@ def test_stages_of_ones_own(shapes, captured):
 def test_what_it_cannot_do_is_said(shapes, losses, stages, message):
     with pytest.raises(InputError, match=message):
         custom(shapes, losses, stages=stages)
+
+
+def test_the_table_tells_each_losses_layers_apart_where_they_differ(shapes):
+    recipe = custom(shapes, [{"loss": "intra", "layer_map": [[1, 2]]}, {"loss": "attention_kl"}])
+    assert "intra: student layer  1\n" in recipe.table() and "attention_kl: s" in recipe.table()
+    alike = custom(shapes, [{"loss": "cosine"}, {"loss": "attention_kl"}])
+    assert alike.table().count("student layer") == 1

@@ -567,3 +567,55 @@ def test_regression_compares_values(captured):
                 captured(student), captured(teacher), torch.randn(4), Moment(stage=number)
             )
             assert all(loss.isfinite() for loss in losses.values())
+
+
+RELEVANCE = [
+    dataclasses.replace(s, classes=1, regression=True, binary=True) for s in (STUDENT, TEACHER)
+]
+
+
+def test_a_relevance_is_learned_by_binary_cross_entropy_and_soft_labels_by_values(captured):
+    student, teacher = map(captured, RELEVANCE)
+    labels = torch.tensor([0.0, 1.0, 0.25, 1.0])
+    losses = build_recipe("soft_labels", *RELEVANCE, label_weight=1)(student, teacher, labels)
+    p = student.logits[:, 0].sigmoid()
+    expected = -(labels * p.log() + (1 - labels) * (1 - p).log()).mean()
+    torch.testing.assert_close(losses["labels"], expected)
+    squared = (student.logits - teacher.logits).square().mean()
+    torch.testing.assert_close(losses["soft_labels"], squared)
+
+
+@pytest.mark.parametrize("pseudo", ["fitted", "joint"])
+def test_grades_that_are_no_relevance_are_refused_with_what_to_do(captured, pseudo):
+    recipe = build_recipe("universal", *RELEVANCE, pseudo_classifiers=pseudo)
+    grades = torch.tensor([0.0, 3.0, 1.0, 2.0])
+    refused = pytest.raises(InputError, match="from 0 to 3: divide .*data.kind=regression")
+    with refused, torch.no_grad():
+        for part in recipe.fitted.values():
+            part.fit(lambda: [(captured(TEACHER), grades)])
+        recipe(*map(captured, RELEVANCE), grades)
+
+
+def test_pseudo_classifiers_of_a_relevance_are_logistic_regressions_of_its_shares(captured):
+    """A relevance of ¼ is one relevant row and three that are not, each a quarter of the weight."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    torch.manual_seed(0)
+    part = build_recipe("universal", *RELEVANCE, pseudo_c=0.1).fitted["projection.teacher"]
+    teacher, quarters = captured(TEACHER, rows=48), torch.randint(5, (48,))
+    part.fit(lambda: [(teacher, quarters / 4)])
+    x = teacher.hidden_states[2][:, 0].numpy()
+    rows = StandardScaler().fit_transform(x).repeat(4, axis=0)
+    labels = (torch.arange(4) < quarters[:, None]).flatten().numpy()
+    expected = LogisticRegression(C=0.1 / 4, max_iter=1000).fit(rows, labels)
+    torch.testing.assert_close(
+        part.classifiers[1](torch.from_numpy(x)).detach()[:, 0],
+        torch.from_numpy(expected.decision_function(rows[::4])).float(),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    for same in (torch.zeros(48), torch.ones(48)):
+        part = build_recipe("universal", *RELEVANCE).fitted["projection.teacher"]
+        part.fit(lambda same=same: [(teacher, same)])
+        assert all((z[:, 0] > 0).equal(same > 0) for z in part(teacher))
