@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,17 +26,17 @@ class LayerAttention:
 
 @dataclass(frozen=True)
 class Captured:
-    """The internals of one forward pass.
+    """The internals of one forward pass, of the layers that were wanted.
 
-    logits: [B, C], [B, N, C] of a token classifier, or None for a model without a head.
-    hidden_states: L + 1 tensors [B, N, D], the embeddings at 0, layer i at i; empty if not wanted.
-    attention: L layers, layer i at i − 1; empty if not wanted.
+    logits: [B, C], [B, N, C] of a token classifier, or None without a head or if not wanted.
+    hidden_states: by layer, [B, N, D]; the embeddings are layer 0, the last is L.
+    attention: by layer, from 1 to L.
     attention_mask: [B, N], 1 = token, or None when nothing is padded.
     """
 
     logits: torch.Tensor | None
-    hidden_states: tuple[torch.Tensor, ...] = ()
-    attention: tuple[LayerAttention, ...] = ()
+    hidden_states: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    attention: Mapping[int, LayerAttention] = field(default_factory=dict)
     attention_mask: torch.Tensor | None = None
 
 
@@ -88,10 +89,30 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which internals a recipe reads, so that nothing else is captured."""
+    """What is read of a model, so that nothing else is run or kept.
 
-    hidden_states: bool = False
-    attention: bool = False
+    hidden_states, attention: layers, as Captured numbers them (any iterable of them is taken).
+    """
+
+    logits: bool = False
+    hidden_states: Iterable[int] = frozenset()
+    attention: Iterable[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_states", "attention"):
+            object.__setattr__(self, name, frozenset(getattr(self, name)))
+
+    def __bool__(self) -> bool:
+        return self.logits or bool(self.hidden_states) or bool(self.attention)
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(self.hidden_states or other.hidden_states, self.attention or other.attention)
+        return Needs(
+            self.logits or other.logits,
+            {*self.hidden_states, *other.hidden_states},
+            {*self.attention, *other.attention},
+        )
+
+    @property
+    def last(self) -> int:
+        """The last layer among them."""
+        return max((0, *self.hidden_states, *self.attention))

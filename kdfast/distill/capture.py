@@ -28,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from kdfast.captured import Captured, LayerAttention, ModelShape, Needs
+from kdfast.distill.models import encoder_layers
 from kdfast.errors import InputError
 
 ATTENTION_NAME = "kdfast_sdpa"
@@ -46,9 +47,21 @@ class _Recorder:
     def __init__(self) -> None:
         self.enabled = False
         self.wants = Needs()
-        self.attention: list[LayerAttention] = []
+        self.stop: int | None = None  # the layer (from 0) that is not to run any more
+        self.attentions = 0  # attention layers that have run
+        self.attention: dict[int, LayerAttention] = {}
         self.modules: list[nn.Module] = []
-        self.hidden_states: tuple[torch.Tensor, ...] = ()
+        self.hidden_states: dict[int, torch.Tensor] = {}
+
+    def attended(self, module: nn.Module, layer: Callable[[], LayerAttention]) -> None:
+        self.attentions += 1
+        if self.attentions in self.wants.attention:
+            self.attention[self.attentions] = layer()
+            self.modules.append(module)
+
+
+class _Stopped(Exception):
+    """All that is needed of a forward pass is there."""
 
 
 # One for the process: torch.compile can guard a module global, not a context variable. Captures do
@@ -77,8 +90,9 @@ def _recording_sdpa(
             )
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         window = kwargs.get("sliding_window")
-        _recorder.attention.append(
-            LayerAttention(
+        _recorder.attended(
+            module,
+            lambda: LayerAttention(
                 query,
                 key,
                 value,
@@ -86,9 +100,8 @@ def _recording_sdpa(
                 causal=bool(causal),
                 # The module's window counts the token itself; ours is the largest |i − j|.
                 window=None if window is None else window - 1,
-            )
+            ),
         )
-        _recorder.modules.append(module)
     return sdpa_attention_forward(
         module,
         query,
@@ -150,7 +163,8 @@ class Capture:
             needed, a model whose maps its queries and keys do not give.
 
     Calling it runs the model: `outputs, captured = capture(inputs)`. `replaced` is the attention
-    implementation that captured SDPA stands in for, or None; `close()` gives it back.
+    implementation that captured SDPA stands in for, or None; `close()` gives it back. `can_stop`:
+    whether it can end a forward pass after the last layer that is needed.
     """
 
     def __init__(self, model: PreTrainedModel, needs: Needs) -> None:
@@ -193,45 +207,55 @@ class Capture:
         self.replaced: str | None = None
         if needs.attention:
             self.mechanism = self._install_attention()
-        if needs.hidden_states:
-            # On the inner model: its tensors are still the model's own dtype there, and what the
-            # hook takes away accelerate does not cast to fp32 and the evaluation does not collect.
-            self._handles.append(model.base_model.register_forward_hook(_take_hidden_states))
+        self.can_stop = False
+        if needs.hidden_states or needs.attention:
+            self.can_stop = self._install_hidden_states()
 
     def __call__(
         self,
         inputs: Mapping[str, Any],
         forward: Callable[..., Any] | None = None,
         needs: Needs | None = None,
+        *,
+        whole: bool = False,
     ) -> tuple[Any, Captured]:
         """Run `forward` (default: the model; a wrapped model such as DDP otherwise) on `inputs`.
 
-        needs: less than what was asked for at the start, for a call that reads less.
+        needs: less than what was asked for at the start, for a call that reads less. whole: run all
+        of the model, also where its last layers and its head are not needed; otherwise the outputs
+        may be None.
         """
         needs = self.needs if needs is None else needs
-        with self._recording(needs):
-            kwargs = {"output_hidden_states": True} if needs.hidden_states else {}
-            outputs = (self.model if forward is None else forward)(
-                **inputs, return_dict=True, **kwargs
-            )
-            attention = tuple(_recorder.attention)
-            modules = tuple(_recorder.modules)
-            hidden_states = _recorder.hidden_states
-        if needs.attention and len(attention) != self.layers:
+        stop = None
+        if self.can_stop and not whole and not needs.logits and needs.last < self.layers:
+            stop = needs.last
+        outputs: Any = None
+        with self._recording(needs, stop):
+            asked = bool(needs.hidden_states) and not self.can_stop
+            kwargs = {"output_hidden_states": True} if asked else {}
+            with contextlib.suppress(_Stopped):
+                outputs = (self.model if forward is None else forward)(
+                    **inputs, return_dict=True, **kwargs
+                )
+            attention, modules = dict(_recorder.attention), tuple(_recorder.modules)
+            hidden_states = dict(_recorder.hidden_states)
+            ran = _recorder.attentions
+        expected = self.layers if stop is None else stop
+        if needs.attention and ran != expected:
             raise RuntimeError(
-                f"captured the queries and keys of {len(attention)} layers where "
-                f"{type(self.model).__name__} has {self.layers}; was its attention implementation "
+                f"captured the queries and keys of {ran} layers where "
+                f"{type(self.model).__name__} has {expected}; was its attention implementation "
                 f"changed after capture began (now '{self.model.config._attn_implementation}')?"
             )
-        if needs.hidden_states and len(hidden_states) != self.layers + 1:
+        if missing := set(needs.hidden_states) - set(hidden_states):
             raise RuntimeError(
-                f"captured {len(hidden_states)} hidden states where {type(self.model).__name__} "
-                f"with {self.layers} layers should give {self.layers + 1}"
+                f"{type(self.model).__name__} with {self.layers} layers gave no hidden states of "
+                f"{', '.join(map(str, sorted(missing)))}"
             )
         if torch.is_grad_enabled():
-            _refuse_detached(modules, attention)
+            _refuse_detached(modules, tuple(attention.values()))
         captured = Captured(
-            logits=outputs.get("logits"),
+            logits=None if outputs is None else outputs.get("logits"),
             hidden_states=hidden_states,
             attention=attention,
             attention_mask=inputs.get("attention_mask"),
@@ -259,16 +283,51 @@ class Capture:
         self.close()
 
     @contextlib.contextmanager
-    def _recording(self, needs: Needs) -> Iterator[None]:
+    def _recording(self, needs: Needs, stop: int | None = None) -> Iterator[None]:
         _recorder.enabled = True
         _recorder.wants = needs
+        _recorder.stop = stop
         try:
             yield
         finally:
             _recorder.enabled = False
+            _recorder.attentions = 0
             _recorder.attention.clear()
             _recorder.modules.clear()
-            _recorder.hidden_states = ()
+            _recorder.hidden_states.clear()
+
+    def _install_hidden_states(self) -> bool:
+        """Hooks that keep what goes into each layer, and what comes out of the last; True if they
+        give the model's own hidden states. Otherwise those are asked for, all of them."""
+        model = self.model
+        try:
+            layers: Any = encoder_layers(model)[1]
+        except InputError:
+            layers = ()
+        handles = [
+            layer.register_forward_pre_hook(_keep_input(i), with_kwargs=True)
+            for i, layer in enumerate(layers)
+        ]
+        # On the inner model: its tensors are still the model's own dtype there, and what the hook
+        # takes away accelerate does not cast to fp32 and the evaluation does not collect.
+        handles.append(model.base_model.register_forward_hook(_keep_last(self.layers)))
+        if layers:
+            with _probing(model), self._recording(Needs(hidden_states=range(self.layers + 1))):
+                outputs = model.base_model(
+                    **_probe_inputs(model), return_dict=True, output_hidden_states=True
+                )
+                kept = dict(_recorder.hidden_states)
+            own = dict(enumerate(outputs.hidden_states or ()))
+            # A recurrent layer's input may be packed, and no tensor.
+            if kept.keys() == own.keys() and all(
+                isinstance(kept[i], torch.Tensor) and torch.equal(kept[i], own[i]) for i in own
+            ):
+                self._handles += handles
+                return True
+        for handle in handles:
+            handle.remove()
+        self._handles.append(model.base_model.register_forward_hook(_take_hidden_states))
+        return False
 
     def _install_attention(self) -> str:
         """Choose the mechanism that reproduces eager attention on a probe; raise if none does."""
@@ -325,9 +384,9 @@ class Capture:
         maps: tuple[torch.Tensor, ...],
     ) -> bool:
         """Whether this mechanism gives eager attention's last hidden state and maps."""
-        with self._recording(self.needs):
+        with self._recording(Needs(attention=range(1, self.layers + 1))):
             last = self.model.base_model(**inputs, return_dict=True)[0]
-            attention = tuple(_recorder.attention)
+            attention = tuple(_recorder.attention.values())
         if len(attention) != self.layers or len(maps) != self.layers:
             return False
         mask = inputs["attention_mask"].bool()
@@ -360,9 +419,31 @@ def attention_map(layer: LayerAttention, attention_mask: torch.Tensor | None) ->
     return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
 
 
+def _keep_input(layer: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not _recorder.enabled:
+            return
+        if layer in _recorder.wants.hidden_states:
+            _recorder.hidden_states[layer] = args[0] if args else kwargs["hidden_states"]
+        if layer == _recorder.stop:
+            raise _Stopped
+
+    return hook
+
+
+def _keep_last(layers: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if _recorder.enabled and layers in _recorder.wants.hidden_states:
+            _recorder.hidden_states[layers] = output[0]
+
+    return hook
+
+
 def _take_hidden_states(module: nn.Module, args: Any, output: Any) -> None:
     if _recorder.enabled and output.hidden_states is not None:
-        _recorder.hidden_states = tuple(output.hidden_states)
+        for layer, states in enumerate(output.hidden_states):
+            if layer in _recorder.wants.hidden_states:
+                _recorder.hidden_states[layer] = states
         output["hidden_states"] = None
         output.hidden_states = None
 
@@ -383,10 +464,10 @@ def _hook_projections(module: nn.Module, names: tuple[str, str, str], heads: int
                 )
                 seen.clear()
                 causal = bool(getattr(module, "is_causal", False))
-                _recorder.attention.append(
-                    LayerAttention(query, key, value, scale=width**-0.5, causal=causal)
+                _recorder.attended(
+                    module,
+                    lambda: LayerAttention(query, key, value, scale=width**-0.5, causal=causal),
                 )
-                _recorder.modules.append(module)
 
         return hook
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kdfast.captured import Captured, Needs
 from kdfast.distill import glue
-from kdfast.distill.capture import Capture
+from kdfast.distill.capture import Capture, model_shape
 from kdfast.distill.data import NO_LABEL, DistillationCollator
 from kdfast.distill.grouped import entity_counts, entity_scores, ranking
 from kdfast.errors import InputError
@@ -226,14 +226,17 @@ def alignment(
     Rows are all tokens of the data set, or the [CLS] states where the two models cut the text into
     different tokens.
     """
-    needs = Needs(hidden_states=True)
     kept_s: list[list[torch.Tensor]] = []
     kept_t: list[list[torch.Tensor]] = []
     weights: list[torch.Tensor] = []
     projection_weights = None if recipe is None else _projection(recipe)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
     student.eval(), teacher.eval()
-    with Capture(student, needs) as capture_s, Capture(teacher, needs) as capture_t:
+    needs = [
+        Needs(logits=True, hidden_states=range(model_shape(model).layers + 1))
+        for model in (student, teacher)
+    ]
+    with Capture(student, needs[0]) as capture_s, Capture(teacher, needs[1]) as capture_t:
         for batch in loader:
             s = _run(capture_s, batch, "student")
             t = _run(capture_t, batch, "teacher")
@@ -260,13 +263,17 @@ def _run(capture: Capture, batch: dict[str, Any], role: str) -> Captured:
     return capture(inputs)[1]
 
 
+def _by_layer(captured: Captured) -> list[torch.Tensor]:
+    return [captured.hidden_states[i] for i in sorted(captured.hidden_states)]
+
+
 def _rows(captured: Captured, shared_tokens: bool) -> list[torch.Tensor]:
     mask = captured.attention_mask
     if not shared_tokens:
-        return [h[:, 0].float() for h in captured.hidden_states]
+        return [h[:, 0].float() for h in _by_layer(captured)]
     if mask is None:
-        return [h.flatten(0, 1).float() for h in captured.hidden_states]
-    return [h[mask.bool()].float() for h in captured.hidden_states]
+        return [h.flatten(0, 1).float() for h in _by_layer(captured)]
+    return [h[mask.bool()].float() for h in _by_layer(captured)]
 
 
 def _projection(recipe: Recipe) -> Callable[[Captured, Captured], torch.Tensor] | None:

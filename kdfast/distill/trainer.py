@@ -166,7 +166,7 @@ class DistillationTrainer(Trainer):
                 "layers, and a trainer is one link of that chain: train each from the one before "
                 "it, the last one as the teacher here, or run `kdfast distill takd`"
             )
-        if recipe.needs_teacher and teacher is None:
+        if recipe.needs_teacher() and teacher is None:
             raise InputError(f"recipe '{recipe.name}' needs a teacher, was None")
         processing_class = kwargs.get("processing_class")
         # Whether both models read the same token ids: known here where both tokenizers are given,
@@ -177,7 +177,7 @@ class DistillationTrainer(Trainer):
             else model.config.get_text_config().vocab_size
             == teacher.config.get_text_config().vocab_size
         )
-        if not self._shared_tokens and recipe.needs_teacher and recipe.token_aligned:
+        if not self._shared_tokens and recipe.needs_teacher() and recipe.token_aligned:
             raise InputError(
                 "student and teacher have different vocabularies, and "
                 f"{' and '.join(recipe.token_aligned)} of this recipe compare token by token: "
@@ -209,12 +209,15 @@ class DistillationTrainer(Trainer):
             ] * bool(layers)
         self.recipe = recipe.to(self.args.device)
         self.teacher: PreTrainedModel | None = None
-        self._student_capture = Capture(model, recipe.needs)
+        of_student, of_teacher = recipe.needs()
+        for part in recipe.fitted.values():
+            of_teacher = of_teacher | part.needs_of_teacher()
+        self._student_capture = Capture(model, of_student)
         self._teacher_capture: Capture | None = None
-        if recipe.needs_teacher:
+        if recipe.needs_teacher():
             assert teacher is not None
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
-            self._teacher_capture = Capture(teacher, recipe.needs)
+            self._teacher_capture = Capture(teacher, of_teacher)
         captures = {"student": self._student_capture, "teacher": self._teacher_capture}
         announcement += [
             f"  {role} attention runs as SDPA, not {capture.replaced}, while distilling"
@@ -257,11 +260,15 @@ class DistillationTrainer(Trainer):
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch)
         labels = student_inputs.pop("labels", None)
         at = Moment() if self._clock is None else self._clock.moment(self.state.global_step)
-        needs = self.recipe.needs_at(at.stage)
-        teacher = None
-        if self.recipe.needs_teacher_at(at.stage):
-            teacher = self._run_teacher(teacher_inputs, needs)
-        outputs, student = self._student_capture(student_inputs, forward=model, needs=needs)
+        own, theirs = self.recipe.needs(at.stage)
+        teacher = self._run_teacher(teacher_inputs, theirs) if theirs else None
+        outputs, student = self._student_capture(
+            student_inputs,
+            forward=model,
+            needs=own,
+            # DDP wants the whole of what it wraps to run; so does a caller who asks for outputs.
+            whole=return_outputs or self.args.world_size > 1,
+        )
         losses = self._weigh(self.recipe(student, teacher, labels, at), inputs)
         if self._clock is not None:
             self._clock.observe(losses)
@@ -321,7 +328,7 @@ class DistillationTrainer(Trainer):
         }
         if teacher:
             return student, teacher
-        if not self._shared_tokens and self.recipe.needs_teacher and training:
+        if not self._shared_tokens and self.recipe.needs_teacher() and training:
             raise InputError(
                 "student and teacher have different vocabularies, so each must read the text "
                 "itself: the data set needs the columns teacher_input_ids and "
@@ -526,7 +533,7 @@ class DistillationTrainer(Trainer):
             collate = self._get_collator_with_removed_columns(collate, description="training")
         needs = Needs()
         for part in parts.values():
-            needs = needs | part.needs
+            needs = needs | part.needs_of_teacher()
 
         def run_teacher(batch: dict[str, Any]) -> tuple[Captured, torch.Tensor | None]:
             inputs: Any = self._prepare_inputs(batch)

@@ -4,6 +4,7 @@ Each student layer attends over all teacher layers and learns their mixture: α_
 softmax_j(scale·⟨h_i, g_j⟩), C_i = Σ_j α_ij g_j, loss Σ_i mse(h_i, C_i), on the [CLS] states.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ from kdfast.recipes.terms import check_cls, output_terms
 class LayerProjectionTerm(Term):
     """Every student layer with its mixture of all teacher layers (embeddings are no layer)."""
 
-    needs = Needs(hidden_states=True)
-
     def __init__(
         self,
         weight: Any,
@@ -37,9 +36,14 @@ class LayerProjectionTerm(Term):
             f"{teacher.layers}, {loss.objective}",
         )
         self.loss = loss
+        self.of_student = range(1, student.layers + 1)
+        self.of_teacher = range(1, teacher.layers + 1)
         self.rows = choose("rows", rows, ("cls", "tokens"))
         self.token_aligned = rows == "tokens"
         self.unit = "tokens" if rows == "tokens" else "samples"
+
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        return Needs(hidden_states=self.of_student), Needs(hidden_states=self.of_teacher)
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
@@ -62,10 +66,11 @@ class LayerProjectionTerm(Term):
     def _states(
         self, student: Captured, teacher: Captured
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        sides = (student.hidden_states[1:], teacher.hidden_states[1:])
+        own = [student.hidden_states[i] for i in self.of_student]
+        theirs = [teacher.hidden_states[j] for j in self.of_teacher]
         if self.rows == "cls":
-            sides = tuple(tuple(h[:, 0] for h in side) for side in sides)  # type: ignore[assignment]
-        return list(sides[0]), list(sides[1])
+            return [h[:, 0] for h in own], [h[:, 0] for h in theirs]
+        return own, theirs
 
     def _mask(self, student: Captured) -> torch.Tensor | None:
         return student.attention_mask if self.rows == "tokens" else None

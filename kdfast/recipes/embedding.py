@@ -3,6 +3,7 @@
 Beside it, internals: attention maps and token states of mapped layers, as in `internal`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,19 +20,22 @@ class PooledTerm(Term):
     """1 − cos of the two models' pooled last states, through a learned projection where their
     widths differ."""
 
-    needs = Needs(hidden_states=True)
-
     def __init__(self, weight: Any, student: ModelShape, teacher: ModelShape, pool: str) -> None:
         super().__init__(weight, "pooled last states by cosine")
+        self.last = student.layers, teacher.layers
         self.pools = [pool_of(shape, pool) for shape in (student, teacher)]
         self.loss = CosineLoss("tokens", student_width=student.width, teacher_width=teacher.width)
+
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        own, theirs = (Needs(hidden_states=[layer]) for layer in self.last)
+        return own, theirs
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
     ) -> torch.Tensor:
         own, theirs = (
-            pooled(side.hidden_states[-1:], side.attention_mask, pool)[0][:, None]
-            for side, pool in zip((student, teacher), self.pools, strict=True)
+            pooled([side.hidden_states[last]], side.attention_mask, pool)[0][:, None]
+            for side, last, pool in zip((student, teacher), self.last, self.pools, strict=True)
         )
         return self.loss(own, theirs)
 

@@ -4,6 +4,7 @@ L_I: alignment of the tokens within each sample (Eq. 6); L_L: of the samples wit
 (Eq. 7); L_G: of the samples with a memory of the whole data set (Eq. 8-10); beside soft labels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from kdfast.recipes.layer_map import LayerMap
 from kdfast.recipes.layer_map import layer_map as resolve_layer_map
 from kdfast.recipes.recipe import Fitted, Recipe, Term
 from kdfast.recipes.schedule import Moment, Weight
-from kdfast.recipes.terms import HiddenTerm, active_pairs, output_terms
+from kdfast.recipes.terms import HiddenTerm, active_pairs, needs_of_pairs, output_terms
 
 
 class Memory(Fitted):
@@ -33,6 +34,9 @@ class Memory(Fitted):
         self.least_rows = len(loss.teacher_memory)
         self.what = f"the memory of teacher layer {layer}"
         self._fit: CentroidFit | None = None
+
+    def needs_of_teacher(self) -> Needs:
+        return Needs(hidden_states=[self.layer])
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -80,7 +84,6 @@ class Memory(Fitted):
 class MemoryTerm(Term):
     """L_G of every mapped layer pair, mean over pairs."""
 
-    needs = Needs(hidden_states=True)
     token_aligned = True
 
     def __init__(self, weight: Any, memories: list[Memory], pairs: LayerMap, clusters: int) -> None:
@@ -88,6 +91,9 @@ class MemoryTerm(Term):
         self.memories = torch.nn.ModuleList(memories)
         self.pairs = pairs
         self.layers = tuple(i for i, _ in pairs)
+
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        return needs_of_pairs(self.pairs, layers, "hidden_states")
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment

@@ -21,7 +21,6 @@ from kdfast.recipes.terms import AttentionTerm, check_heads, output_terms
 class RelationTerm(Term):
     """KL between the relations of one student layer and one teacher layer."""
 
-    needs = Needs(attention=True)
     token_aligned = True
 
     def __init__(self, weight: Any, loss: RelationKLLoss, pair: LayerMap) -> None:
@@ -32,11 +31,13 @@ class RelationTerm(Term):
         self.layers = (self.student_layer,)
         self.unit = loss.unit
 
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        return Needs(attention=[self.student_layer]), Needs(attention=[self.teacher_layer])
+
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
     ) -> torch.Tensor:
-        s = student.attention[self.student_layer - 1]
-        t = teacher.attention[self.teacher_layer - 1]
+        s, t = student.attention[self.student_layer], teacher.attention[self.teacher_layer]
         return self.loss(s.query, s.key, s.value, t.query, t.key, t.value, student.attention_mask)
 
 

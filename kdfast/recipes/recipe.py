@@ -18,7 +18,6 @@ from kdfast.recipes.schedule import Moment, Stage, Weight
 class Term(nn.Module):
     """One weighted loss of a recipe, with the learned parts that its loss owns.
 
-    needs: what it reads of both models. needs_teacher: False for losses on labels alone.
     token_aligned: compares token i of one model with token i of the other, so both must see the
     same token ids. unit: what its mean runs over, "samples", valid "tokens" or "labels"; micro-
     batches are weighted by their number of them. couples_samples: the loss of a batch is no mean of
@@ -27,8 +26,6 @@ class Term(nn.Module):
     table at the start shows of it.
     """
 
-    needs = Needs()
-    needs_teacher = True
     needs_labels = False
     token_aligned = False
     unit = "samples"
@@ -40,6 +37,11 @@ class Term(nn.Module):
         self.weight = Weight(weight)
         self.describe = describe
 
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        """What it reads of the student and of the teacher while these student layers are trained
+        (None: all); of the teacher nothing for a loss on labels alone. Here: the logits."""
+        return Needs(logits=True), Needs(logits=True)
+
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
     ) -> torch.Tensor:
@@ -50,20 +52,22 @@ class Term(nn.Module):
 class Fitted(nn.Module):
     """A learned part that is fitted to the frozen teacher on the training data, before training.
 
-    needs: what it reads of the teacher. passes: how often it reads the training data, in one fixed
-    order; all parts of a recipe read it together. least_rows: how many it wants, by the option
-    `limited_by`; needs_labels: with labels. has_enough: nothing more of the pass will change it.
-    what: its name for people. What it learns are buffers or parameters, saved with the recipe and
-    kept for other runs.
+    passes: how often it reads the training data, in one fixed order; all parts of a recipe read it
+    together. least_rows: how many it wants, by the option `limited_by`; needs_labels: with labels.
+    has_enough: nothing more of the pass will change it. what: its name for people. What it learns
+    are buffers or parameters, saved with the recipe and kept for other runs.
     """
 
-    needs = Needs(hidden_states=True)
     what = "a learned part"
     passes = 1
     least_rows = 1
     limited_by = ""
     needs_labels = False
     has_enough = False
+
+    def needs_of_teacher(self) -> Needs:
+        """What it reads of the teacher."""
+        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, beside teacher and data; JSON."""
@@ -125,10 +129,6 @@ class Recipe(nn.Module):
         self.layers = layers
         self.notes = list(notes)
         self.stages = _stages(name, stages, terms, kept)
-        self.needs = Needs()
-        for term in kept.values():
-            self.needs = self.needs | term.needs
-        self.needs_teacher = any(term.needs_teacher for term in kept.values())
         self.token_aligned = [key for key, term in kept.items() if term.token_aligned]
 
     @property
@@ -149,14 +149,18 @@ class Recipe(nn.Module):
     def active(self, stage: int = 0) -> dict[str, Term]:
         return {name: self.terms[name] for name in self.stages[stage].terms}  # type: ignore[misc]
 
-    def needs_at(self, stage: int) -> Needs:
-        needs = Needs()
-        for term in self.active(stage).values():
-            needs = needs | term.needs
-        return needs
+    def needs(self, stage: int | None = None) -> tuple[Needs, Needs]:
+        """What a stage reads of the student and of the teacher; None: the whole training."""
+        own, theirs = Needs(), Needs()
+        for k in range(len(self.stages)) if stage is None else (stage,):
+            for term in self.active(k).values():
+                student, teacher = term.needs(self.stages[k].layers)
+                own, theirs = own | student, theirs | teacher
+        return own, theirs
 
-    def needs_teacher_at(self, stage: int) -> bool:
-        return any(term.needs_teacher for term in self.active(stage).values())
+    def needs_teacher(self, stage: int | None = None) -> bool:
+        """Whether a stage has anything to learn from a teacher; None: any."""
+        return bool(self.needs(stage)[1])
 
     def forward(
         self,
@@ -168,7 +172,7 @@ class Recipe(nn.Module):
         at = at or Moment()
         at = dataclasses.replace(at, layers=self.stages[at.stage].layers)
         if teacher is None:
-            if self.needs_teacher_at(at.stage):
+            if self.needs_teacher(at.stage):
                 raise ValueError(f"recipe '{self.name}' needs a teacher, got None")
             teacher = Captured(logits=None)
         return {

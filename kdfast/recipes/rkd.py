@@ -4,6 +4,7 @@ Huber distances between the pairwise distances, and between the angles of all tr
 samples' states in teacher and student; soft labels beside them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,11 @@ from kdfast.recipes.layer_map import LayerMap
 from kdfast.recipes.layer_map import layer_map as resolve_layer_map
 from kdfast.recipes.recipe import Recipe, Term
 from kdfast.recipes.schedule import Moment
-from kdfast.recipes.terms import active_pairs, output_terms, pool_of, pooled
+from kdfast.recipes.terms import active_pairs, needs_of_pairs, output_terms, pool_of, pooled
 
 
 class RelationalTerm(Term):
     """Distances or angles among the pooled states of a batch, summed over layer pairs."""
-
-    needs = Needs(hidden_states=True)
 
     def __init__(
         self, weight: Any, loss: RKDLoss, pairs: LayerMap, pools: tuple[str, str], what: str
@@ -32,6 +31,9 @@ class RelationalTerm(Term):
         self.layers = tuple(i for i, _ in pairs)
         self.unit = loss.unit
         self.couples_samples = loss.couples_samples
+
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        return needs_of_pairs(self.pairs, layers, "hidden_states")
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment

@@ -26,13 +26,15 @@ class LabelTerm(Term):
     """Cross-entropy on the labels (of every labelled token); mean squared error for regression,
     binary cross-entropy for a relevance in [0, 1]."""
 
-    needs_teacher = False
     needs_labels = True
     unit = "labels"
 
     def __init__(self, weight: Any, student: ModelShape) -> None:
         super().__init__(weight, "student logits with labels")
         self.shape = student
+
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        return Needs(logits=True), Needs()
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
@@ -97,8 +99,6 @@ class HiddenTerm(Term):
     learned projections also takes `which`, the numbers of the pairs that are given.
     """
 
-    needs = Needs(hidden_states=True)
-
     def __init__(
         self, weight: Any, loss: nn.Module, pairs: LayerMap, what: str, *, token_aligned: bool
     ) -> None:
@@ -109,6 +109,9 @@ class HiddenTerm(Term):
         self.token_aligned = token_aligned
         self.unit = getattr(loss, "unit", "samples")
         self.couples_samples = getattr(loss, "couples_samples", False)
+
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        return needs_of_pairs(self.pairs, layers, "hidden_states")
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
@@ -126,7 +129,6 @@ class AttentionTerm(Term):
     """A loss on queries and keys of the mapped layer pairs, launched together where their masks
     agree."""
 
-    needs = Needs(attention=True)
     token_aligned = True
 
     def __init__(
@@ -141,6 +143,9 @@ class AttentionTerm(Term):
         self.pairs = pairs
         self.layers = tuple(i for i, _ in pairs)
         self.unit = loss.unit
+
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        return needs_of_pairs(self.pairs, layers, "attention")
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
@@ -171,6 +176,16 @@ class AttentionTerm(Term):
         return total / len(which) if self.loss.layers == "mean" else total
 
 
+def needs_of_pairs(pairs: LayerMap, layers: Sequence[int] | None, what: str) -> tuple[Needs, Needs]:
+    """Of both models, for the pairs whose student layer is trained; what: a field of Needs."""
+    active = [
+        pairs[k]
+        for k in active_pairs(pairs, Moment(layers=None if layers is None else tuple(layers)))
+    ]
+    own, theirs = ([pair[side] for pair in active] for side in (0, 1))
+    return Needs(**{what: own}), Needs(**{what: theirs})  # type: ignore[arg-type]
+
+
 def active_pairs(pairs: LayerMap, at: Moment) -> list[int]:
     """The numbers of the pairs whose student layer is trained at this moment."""
     return [k for k, (i, _) in enumerate(pairs) if at.layers is None or i in at.layers]
@@ -182,7 +197,7 @@ def same_masks(
     """The captured attention of each pair; InputError where they attend to different tokens."""
     found = []
     for i, j in pairs:
-        s, t = student.attention[i - 1], teacher.attention[j - 1]
+        s, t = student.attention[i], teacher.attention[j]
         if (s.causal, s.window) != (t.causal, t.window):
             raise InputError(
                 f"student layer {i} (causal {s.causal}, window {s.window}) and teacher layer "

@@ -7,6 +7,7 @@ has layers: a shallow transformer, a BiLSTM, a CNN.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ class PseudoClassifiers(nn.Module):
         self.pool = pool
         self.classes = classes
         self.classifiers = nn.ModuleList(nn.Linear(shape.width, classes) for _ in self.layers)
+
+    def needs(self) -> Needs:
+        return Needs(hidden_states=self.layers)
 
     def states(self, captured: Captured) -> list[torch.Tensor]:
         """L − 1 tensors [B, D]."""
@@ -88,6 +92,9 @@ class FittedClassifiers(PseudoClassifiers, Fitted):
         self.rows = rows
         self._states: list[list[torch.Tensor]] = [[] for _ in self.classifiers]
         self._targets: list[torch.Tensor] = []
+
+    def needs_of_teacher(self) -> Needs:
+        return self.needs()
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -161,7 +168,6 @@ class FittedClassifiers(PseudoClassifiers, Fitted):
 class PseudoLabelTerm(Term):
     """The teacher's pseudo classifiers learn the labels beside the student, the teacher nothing."""
 
-    needs = Needs(hidden_states=True)
     needs_labels = True
     unit = "labels"
 
@@ -172,6 +178,9 @@ class PseudoLabelTerm(Term):
         # Owned (trained, saved) by PseudoProjectionTerm; a tuple keeps it from a second entry.
         self._classifiers = (classifiers,)
         self.shape = student
+
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        return Needs(), self._classifiers[0].needs()
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
@@ -189,8 +198,6 @@ class PseudoProjectionTerm(Term):
     student: None for the capacity gap: the student's own logits alone, and all outputs of the
     teacher, its last among them, as its assistants. learns_from_student: see `universal`.
     """
-
-    needs = Needs(hidden_states=True)
 
     def __init__(
         self,
@@ -213,6 +220,11 @@ class PseudoProjectionTerm(Term):
         self.student = student
         self.teacher = teacher
         self.learns_from_student = learns_from_student
+
+    def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
+        if self.student is None:
+            return Needs(logits=True), self.teacher.needs() | Needs(logits=True)
+        return self.student.needs(), self.teacher.needs()
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment

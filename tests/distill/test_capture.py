@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification
 from kdfast import AttentionKLLoss
 from kdfast.captured import Needs
 from kdfast.distill.capture import Capture, attention_map
+from kdfast.distill.models import encoder_layers
 from kdfast.errors import InputError
 
 SMALL = {
@@ -19,7 +20,9 @@ SMALL = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-BOTH = Needs(hidden_states=True, attention=True)
+HIDDEN = Needs(logits=True, hidden_states=range(4))
+ATTENTION = Needs(logits=True, attention=range(1, 4))
+BOTH = HIDDEN | ATTENTION
 
 
 def config_of(family):
@@ -70,7 +73,7 @@ def test_recomputed_maps_equal_eager_attention(family):
         with Capture(model, BOTH) as capture:
             _, captured = capture(inputs)
     valid = inputs["attention_mask"].bool()
-    for layer, eager_map in zip(captured.attention, expected, strict=True):
+    for layer, eager_map in zip(captured.attention.values(), expected, strict=True):
         difference = attention_map(layer, valid) - eager_map
         assert difference.transpose(1, 2)[valid].abs().max() < 1e-6
 
@@ -80,18 +83,18 @@ def test_recomputed_maps_equal_eager_attention(family):
     [(f, "interface") for f in INTERFACE] + [(f, "hooks") for f in HOOKS],
 )
 def test_families_use_the_attention_interface_where_they_have_it(family, mechanism):
-    with Capture(tiny(family), Needs(attention=True)) as capture:
+    with Capture(tiny(family), ATTENTION) as capture:
         assert capture.mechanism == mechanism
 
 
 @pytest.mark.parametrize("family", ["DebertaV2", "MPNet", "RoFormer"])
 def test_maps_that_are_no_query_key_product_are_refused_by_name(family):
     with pytest.raises(InputError, match=rf"{family}ForSequenceClassification cannot be captured"):
-        Capture(tiny(family), Needs(attention=True))
+        Capture(tiny(family), ATTENTION)
 
 
 def test_hidden_states_of_a_model_without_capturable_attention_can_be_captured():
-    with Capture(tiny("DebertaV2"), Needs(hidden_states=True)) as capture:
+    with Capture(tiny("DebertaV2"), HIDDEN) as capture:
         assert len(capture(batch())[1].hidden_states) == 4
 
 
@@ -103,8 +106,8 @@ def test_captured_outputs_equal_the_uncaptured_models(family):
         with Capture(model, BOTH) as capture:
             outputs, captured = capture(inputs)
     torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=0)
-    for ours, theirs in zip(captured.hidden_states, expected.hidden_states, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for layer, theirs in enumerate(expected.hidden_states):
+        torch.testing.assert_close(captured.hidden_states[layer], theirs, rtol=0, atol=0)
 
 
 def test_attention_kl_from_queries_and_keys_equals_that_of_eager_maps():
@@ -126,7 +129,7 @@ def test_attention_kl_from_queries_and_keys_equals_that_of_eager_maps():
     layers = []
     for model in (student, teacher):
         with Capture(model, BOTH) as capture, torch.no_grad():
-            layers.append(capture(inputs)[1].attention)
+            layers.append(list(capture(inputs)[1].attention.values()))
     loss = AttentionKLLoss()(
         [a.query for a in layers[0]],
         [a.key for a in layers[0]],
@@ -141,7 +144,12 @@ def test_capture_leaves_no_trace_after_close():
     model = tiny()
     with Capture(model, BOTH):
         pass
-    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    hooks = [
+        hook
+        for module in model.modules()
+        for kind in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in kind.values()
+    ]
     assert not any(hook.__module__.startswith("kdfast") for hook in hooks)
     assert model.config._attn_implementation == "sdpa"
     assert model(**batch(), output_hidden_states=True).hidden_states is not None
@@ -183,7 +191,7 @@ def test_non_reentrant_checkpointing_keeps_gradients_and_records_each_layer_once
     model = tiny()
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with Capture(model, Needs(attention=True)) as capture:
+    with Capture(model, ATTENTION) as capture:
         _, captured = capture(batch())
         captured.attention[2].query.sum().backward()
         assert len(captured.attention) == 3
@@ -194,21 +202,21 @@ def test_non_reentrant_checkpointing_keeps_gradients_and_records_each_layer_once
 def test_reentrant_checkpointing_is_refused_instead_of_training_nothing():
     model = tiny()
     model.train()
-    with Capture(model, Needs(attention=True)) as capture:
+    with Capture(model, ATTENTION) as capture:
         model.gradient_checkpointing_enable({"use_reentrant": True})
         with pytest.raises(RuntimeError, match="use_reentrant"):
             capture(batch())
     with pytest.raises(InputError, match="reentrant"):
-        Capture(model, Needs(hidden_states=True))
+        Capture(model, HIDDEN)
 
 
 def test_a_frozen_student_layer_is_no_reentrant_checkpointing():
     model = tiny()
     model.train().requires_grad_(False)
     model.bert.encoder.layer[2].requires_grad_(True)
-    with Capture(model, Needs(attention=True)) as capture:
+    with Capture(model, ATTENTION) as capture:
         _, captured = capture(batch())
-    assert [a.query.requires_grad for a in captured.attention] == [False, False, True]
+    assert [a.query.requires_grad for a in captured.attention.values()] == [False, False, True]
 
 
 @pytest.mark.parametrize("flag", ["output_hidden_states", "output_attentions"])
@@ -248,6 +256,54 @@ def test_a_model_compiled_after_capture_gives_the_same_internals():
         _, expected = capture(inputs)
         compiled = torch.compile(model, backend="aot_eager")
         _, captured = capture(inputs, forward=compiled)
-    for ours, theirs in zip(captured.attention, expected.attention, strict=True):
-        torch.testing.assert_close(ours.query, theirs.query)
-    torch.testing.assert_close(captured.hidden_states[-1], expected.hidden_states[-1])
+    for layer, theirs in expected.attention.items():
+        torch.testing.assert_close(captured.attention[layer].query, theirs.query)
+    for layer, states in expected.hidden_states.items():
+        torch.testing.assert_close(captured.hidden_states[layer], states)
+
+
+@pytest.mark.parametrize("family", INTERFACE + HOOKS)
+def test_only_the_layers_that_are_needed_run_and_are_kept(family):
+    """Up to the last one of them where the layers stand in a list (ALBERT shares its only one)."""
+    model, inputs = tiny(family).eval(), batch()
+    needs = Needs(hidden_states=[1], attention=[2])
+    ran = []
+    with torch.no_grad(), Capture(model, BOTH) as capture:
+        _, expected = capture(inputs)
+        for layer, module in enumerate(encoder_layers(model)[1] if capture.can_stop else (), 1):
+            module.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+        outputs, captured = capture(inputs, needs=needs)
+        assert capture.can_stop is (family != "Albert")
+        if capture.can_stop:
+            assert outputs is None and captured.logits is None and ran == [1, 2]
+        _, again = capture(inputs)
+        assert capture(inputs, needs=needs, whole=True)[1].logits is not None
+    assert set(captured.hidden_states) == {1} and set(captured.attention) == {2}
+    assert torch.equal(captured.hidden_states[1], expected.hidden_states[1])
+    assert torch.equal(captured.attention[2].key, expected.attention[2].key)
+    assert torch.equal(again.logits, expected.logits)
+
+
+def test_a_forward_that_stops_early_gives_the_gradients_of_the_whole_one():
+    inputs, found = batch(), []
+    for whole in (False, True):
+        model = tiny().train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        with Capture(model, Needs(hidden_states=[2], attention=[1])) as capture:
+            _, captured = capture(inputs, whole=whole)
+            (
+                captured.hidden_states[2].sum() + captured.attention[1].query.square().sum()
+            ).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and found[0]
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
+def test_needs_add_up():
+    both = Needs(hidden_states=[0, 2]) | Needs(logits=True, attention=[3])
+    assert both == Needs(True, {2, 0}, {3}) and both.last == 3
+    assert not Needs() and Needs(hidden_states=[0]) and Needs(logits=True)

@@ -53,10 +53,10 @@ def losses(models, name, **options):
     shapes = [model_shape(m) for m in models]
     recipe = build_recipe(name, *shapes, soft_label_weight=0, **options)
     found = []
-    for model in models:
-        with torch.no_grad(), Capture(model, recipe.needs) as capture:
+    for model, needs in zip(models, recipe.needs(), strict=True):
+        with torch.no_grad(), Capture(model, needs) as capture:
             found.append(capture(INPUTS)[1])
-    layers = found[0].attention[0], found[1].attention[1]
+    layers = found[0].attention[1], found[1].attention[2]
     return recipe, recipe(*found, None), layers
 
 

@@ -20,11 +20,11 @@ def captured_of(shape, *, grad=False, rows=B, tokens=N):
     logits = (rows, tokens, shape.classes) if shape.token_logits else (rows, shape.classes)
     return Captured(
         logits=None if shape.classes is None else tensor(*logits),
-        hidden_states=tuple(tensor(rows, tokens, shape.width) for _ in range(shape.layers + 1)),
-        attention=tuple(
-            LayerAttention(tensor(*head), tensor(*head), tensor(*head), scale=0.5)
-            for _ in range(shape.layers if shape.heads else 0)
-        ),
+        hidden_states={i: tensor(rows, tokens, shape.width) for i in range(shape.layers + 1)},
+        attention={
+            i: LayerAttention(tensor(*head), tensor(*head), tensor(*head), scale=0.5)
+            for i in range(1, shape.layers + 1 if shape.heads else 1)
+        },
         attention_mask=mask,
     )
 

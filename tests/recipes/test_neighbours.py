@@ -51,7 +51,7 @@ def all_losses(recipe, student, teacher, labels=LABELS, progress=0.5):
 def test_minilm_is_attention_and_value_relation_kl_of_the_last_layers(captured, shapes):
     student, teacher = map(captured, shapes)
     losses = build_recipe("minilm", *shapes)(student, teacher, None)
-    s, t, mask = student.attention[1], teacher.attention[5], student.attention_mask
+    s, t, mask = student.attention[2], teacher.attention[6], student.attention_mask
     # The captured scale of attention is 0.5; the relations' is d^-½.
     attention = row_kl(0.5 * s.query @ s.key.mT, 0.5 * t.query @ t.key.mT, mask)
     values = row_kl(relation(s.value, 2), relation(t.value, 2), mask)
@@ -66,7 +66,7 @@ def test_minilm_of_another_teacher_layer_regroups_heads_that_differ(captured, sh
     options = {"teacher_layer": 4, "relation_heads": 4}
     recipe = build_recipe("minilm", narrow, shapes[1], **options)
     assert recipe.layers == ((2, 4),)
-    s, t, mask = student.attention[1], teacher.attention[3], student.attention_mask
+    s, t, mask = student.attention[2], teacher.attention[4], student.attention_mask
     values = row_kl(relation(s.value, 4), relation(t.value, 4), mask)
     torch.testing.assert_close(recipe(student, teacher, None)["value_relations"], values)
 
@@ -74,7 +74,7 @@ def test_minilm_of_another_teacher_layer_regroups_heads_that_differ(captured, sh
 def test_minilm_v2_sums_three_relations_of_regrouped_heads(captured, shapes):
     student, teacher = captured(NARROW), captured(shapes[1])
     recipe = build_recipe("minilmv2", NARROW, shapes[1], relation_heads=4, teacher_layer=5)
-    s, t, mask = student.attention[1], teacher.attention[4], student.attention_mask
+    s, t, mask = student.attention[2], teacher.attention[5], student.attention_mask
     expected = sum(
         row_kl(relation(x, 4), relation(y, 4), mask)
         for x, y in ((s.query, t.query), (s.key, t.key), (s.value, t.value))
@@ -99,7 +99,7 @@ def test_tinybert_is_the_squared_error_of_scores_and_states_then_soft_cross_entr
     mask = student.attention_mask[:, None, None, :]
     scores = hidden = 0
     for i, j in UNIFORM:
-        s, t = student.attention[i - 1], teacher.attention[j - 1]
+        s, t = student.attention[i], teacher.attention[j]
         difference = 0.5 * (s.query @ s.key.mT - t.query @ t.key.mT)
         scores = scores + (difference.square() * mask).mean()
     for i, j in [(0, 0), *UNIFORM]:
@@ -123,7 +123,7 @@ def test_tinybert_leaves_padding_out_unless_told_otherwise(captured, shapes):
     valid = [int(row.sum()) for row in mask]
     scores = 0
     for i, j in UNIFORM:
-        s, t = student.attention[i - 1], teacher.attention[j - 1]
+        s, t = student.attention[i], teacher.attention[j]
         squares = 0.25 * (s.query @ s.key.mT - t.query @ t.key.mT).square()
         scores = scores + sum(x[:, :n, :n].mean() for x, n in zip(squares, valid, strict=True)) / 4
     torch.testing.assert_close(losses["attention_scores"], scores)
@@ -135,7 +135,7 @@ def test_tinybert_trains_layers_first_and_outputs_with_a_new_schedule(shapes):
     assert layers.terms == ("attention_scores", "hidden_mse") and layers.share is None
     assert outputs.terms == ("soft_labels",) and outputs.restart
     assert outputs.share == pytest.approx(3 / 13)
-    assert recipe.needs_at(0).attention and not recipe.needs_at(1).attention
+    assert recipe.needs(0)[0].attention and not recipe.needs(1)[0].attention
     (once,) = build_recipe("tinybert", *shapes, schedule="simultaneous").stages
     assert set(once.terms) == {*layers.terms, *outputs.terms}
 
@@ -153,7 +153,7 @@ def test_tinybert_compares_differing_heads_with_the_teachers_average(captured, s
     s, t = captured(student), captured(shapes[1])
     expected = 0
     for i, j in UNIFORM:
-        own, theirs = s.attention[i - 1], t.attention[j - 1]
+        own, theirs = s.attention[i], t.attention[j]
         mean = (0.5 * theirs.query @ theirs.key.mT).mean(1, keepdim=True)
         squares = (0.5 * own.query @ own.key.mT - mean).square()
         expected = expected + (squares * s.attention_mask[:, None, None, :]).mean()
@@ -286,7 +286,7 @@ def test_annealing_ends_with_the_labels_alone(captured, shapes):
     first, second = recipe.stages
     assert (first.terms, second.terms) == (("annealing",), ("labels",))
     assert second.restart and second.share == pytest.approx(4 / 18)
-    assert not recipe.needs_teacher_at(1)
+    assert not recipe.needs_teacher(1)
     student = captured(shapes[0])
     losses = recipe(student, None, LABELS, Moment(stage=1))
     torch.testing.assert_close(losses["labels"], F.cross_entropy(student.logits, LABELS))
@@ -319,8 +319,8 @@ def test_a_narrower_student_and_its_projections_get_finite_gradients(captured, s
         student, teacher = captured(NARROW, grad=True), captured(shapes[1])
         at = Moment(stage=number, stage_progress=0.5)
         recipe.total(recipe(student, teacher, LABELS, at), at).backward()
-        tensors = [student.logits, *student.hidden_states]
-        tensors += [x for a in student.attention for x in (a.query, a.key, a.value)]
+        tensors = [student.logits, *student.hidden_states.values()]
+        tensors += [x for a in student.attention.values() for x in (a.query, a.key, a.value)]
         grads = [x.grad for x in tensors if x.grad is not None]
         assert grads and all(g.isfinite().all() and g.any() for g in grads)
     assert all(p.grad is not None and p.grad.any() for p in recipe.parameters())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdfast.captured import ModelShape
+from kdfast.captured import ModelShape, Needs
 from kdfast.errors import InputError
 from kdfast.losses import AttentionKLLoss, CKALoss, CosineLoss, SoftLabelLoss
 from kdfast.recipes import RECIPES, build_recipe
@@ -80,13 +80,26 @@ def test_a_student_deeper_than_its_teacher_cannot_take_its_last_or_first_layers(
         layer_map(strategy, shape(7), TEACHER)
 
 
+def only(captured, needs):
+    """What a capture would leave of it."""
+    return dataclasses.replace(
+        captured,
+        logits=captured.logits if needs.logits else None,
+        hidden_states={i: captured.hidden_states[i] for i in needs.hidden_states},
+        attention={i: captured.attention[i] for i in needs.attention},
+    )
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_gives_finite_losses_and_gradients_to_the_student_only(captured, name):
     recipe = build_recipe(name, STUDENT, TEACHER, **OPTIONS.get(name, {}))
     fit(recipe, captured)
     seen = {}
     for number, stage in enumerate(recipe.stages):
-        student, teacher = captured(STUDENT, grad=True), captured(TEACHER)
+        student, teacher = (
+            only(captured(shape, grad=shape is STUDENT), needs)
+            for shape, needs in zip((STUDENT, TEACHER), recipe.needs(number), strict=True)
+        )
         at = Moment(stage=number, progress=0.5, stage_progress=0.5)
         losses = recipe(student, teacher, LABELS, at)
         assert set(losses) == set(stage.terms)
@@ -95,8 +108,10 @@ def test_every_recipe_gives_finite_losses_and_gradients_to_the_student_only(capt
         expected = sum(recipe.terms[k].weight(0.5) * v for k, v in losses.items())
         torch.testing.assert_close(total, expected)
         total.backward()
-        own = [x.grad for x in (student.logits, *student.hidden_states) if x.grad is not None]
-        own += [a.query.grad for a in student.attention if a.query.grad is not None]
+        own = [x.grad for x in (student.logits, *student.hidden_states.values()) if x is not None]
+        # Each is read: what a recipe does not learn from it should not ask for.
+        assert all(gradient is not None for gradient in own)
+        own += [a.query.grad for a in student.attention.values() if a.query.grad is not None]
         assert own and all(g.isfinite().all() for g in own)
     assert set(seen) == set(recipe.terms)
     learned = [p for p in recipe.parameters() if p.requires_grad]
@@ -116,8 +131,8 @@ def test_internal_is_attention_kl_and_cls_cosine_on_mapped_layers_and_soft_label
     losses = build_recipe("internal", STUDENT, TEACHER)(student, teacher, None)
     pairs = [(1, 3), (2, 6)]
     s, t = (
-        [student.attention[i - 1] for i, _ in pairs],
-        [teacher.attention[j - 1] for _, j in pairs],
+        [student.attention[i] for i, _ in pairs],
+        [teacher.attention[j] for _, j in pairs],
     )
     attention = AttentionKLLoss()(
         [x.query for x in s],
@@ -140,16 +155,15 @@ def test_internal_is_attention_kl_and_cls_cosine_on_mapped_layers_and_soft_label
 
 def test_attention_layers_with_different_windows_are_summed_over_all_layers(captured):
     student, teacher = captured(STUDENT), captured(TEACHER)
-    local = dataclasses.replace(student.attention[1], window=1)
-    student = dataclasses.replace(student, attention=(student.attention[0], local))
-    layers = list(teacher.attention)
-    layers[5] = dataclasses.replace(layers[5], window=1)
-    teacher = dataclasses.replace(teacher, attention=tuple(layers))
+    local = dataclasses.replace(student.attention[2], window=1)
+    student = dataclasses.replace(student, attention={**student.attention, 2: local})
+    local = dataclasses.replace(teacher.attention[6], window=1)
+    teacher = dataclasses.replace(teacher, attention={**teacher.attention, 6: local})
     losses = build_recipe("internal", STUDENT, TEACHER)(student, teacher, None)
     kl = AttentionKLLoss()
 
     def one(i, j, window):
-        s, t = student.attention[i - 1], teacher.attention[j - 1]
+        s, t = student.attention[i], teacher.attention[j]
         return kl(
             *(s.query, s.key, t.query, t.key, student.attention_mask),
             window=window,
@@ -162,8 +176,8 @@ def test_attention_layers_with_different_windows_are_summed_over_all_layers(capt
 
 def test_mapped_layers_that_attend_to_different_tokens_are_an_error(captured):
     student, teacher = captured(STUDENT), captured(TEACHER)
-    local = dataclasses.replace(student.attention[1], window=1)
-    student = dataclasses.replace(student, attention=(student.attention[0], local))
+    local = dataclasses.replace(student.attention[2], window=1)
+    student = dataclasses.replace(student, attention={**student.attention, 2: local})
     with pytest.raises(InputError, match="student layer 2 .*window 1.* teacher layer 6"):
         build_recipe("internal", STUDENT, TEACHER)(student, teacher, None)
 
@@ -296,7 +310,7 @@ def test_universal_trains_on_labels_alone_in_its_second_stage(captured):
     recipe = build_recipe("universal", STUDENT, TEACHER, label_share=0.25)
     first, second = recipe.stages
     assert (second.terms, second.share, second.restart) == (("classification",), 0.25, True)
-    assert not recipe.needs_teacher_at(1) and not recipe.needs_at(1).hidden_states
+    assert recipe.needs(1) == (Needs(logits=True), Needs())
     student = captured(STUDENT)
     losses = recipe(student, None, LABELS, Moment(stage=1))
     torch.testing.assert_close(losses["classification"], F.cross_entropy(student.logits, LABELS))
@@ -365,9 +379,9 @@ def test_a_memory_is_fitted_to_the_samples_and_read_back(captured):
     )
     (part,), (other,) = recipe.fitted.values(), again.fitted.values()
     one = captured(TEACHER, rows=8)
-    states = list(one.hidden_states)
+    states = dict(one.hidden_states)
     states[5] = 0.01 * torch.randn(8, 5, 8) + 10.0 * (torch.arange(8) % 2)[:, None, None]
-    one = dataclasses.replace(one, hidden_states=tuple(states), attention_mask=None)
+    one = dataclasses.replace(one, hidden_states=states, attention_mask=None)
     with torch.no_grad():
         part.fit(lambda: [(one, None)])
     means = part.loss.teacher_memory.mean(1).sort().values
@@ -390,7 +404,8 @@ def test_alp_projects_all_teacher_layers_on_each_student_layer(captured):
     student, teacher = captured(STUDENT), captured(TEACHER)
     recipe = build_recipe("alp", STUDENT, TEACHER, scale="width")
     h, g = (
-        torch.stack([x[:, 0] for x in side.hidden_states[1:]], 1) for side in (student, teacher)
+        torch.stack([x[:, 0] for i, x in side.hidden_states.items() if i], 1)
+        for side in (student, teacher)
     )
     weights = (h @ g.mT * 8**-0.5).softmax(-1)
     expected = (weights @ g - h).square().mean((0, 2)).sum()
@@ -406,7 +421,7 @@ def test_embedders_without_heads_learn_pooled_states_and_internals(captured):
     s, t = captured(student), captured(teacher)
     losses = build_recipe("embedding", student, teacher)(s, t, None)
     mask = s.attention_mask[..., None]
-    means = [(x.hidden_states[-1] * mask).sum(1) / mask.sum(1) for x in (s, t)]
+    means = [(x.hidden_states[max(x.hidden_states)] * mask).sum(1) / mask.sum(1) for x in (s, t)]
     torch.testing.assert_close(losses["pooled"], (1 - F.cosine_similarity(*means)).mean())
     assert set(losses) == {"pooled", "attention_kl", "cosine"}
     with pytest.raises(InputError, match="soft_label_weight"):
@@ -477,7 +492,7 @@ def test_pseudo_classifiers_keep_their_digits_under_autocast(captured):
     recipe = fit(build_recipe("universal", STUDENT, TEACHER, pseudo_c=1.0), captured)
     part = recipe.fitted["projection.teacher"]
     teacher = captured(TEACHER)
-    far = tuple(h + 100 for h in teacher.hidden_states)
+    far = {i: h + 100 for i, h in teacher.hidden_states.items()}
     teacher = dataclasses.replace(teacher, hidden_states=far)
     expected = part(teacher)
     with torch.autocast("cpu", torch.bfloat16):
@@ -498,7 +513,7 @@ def test_rows_without_a_label_are_left_out_of_the_fit(captured):
     teacher, labels = captured(TEACHER, rows=12), torch.arange(12) % 3
     whole = dataclasses.replace(
         teacher,
-        hidden_states=tuple(h[:9] for h in teacher.hidden_states),
+        hidden_states={i: h[:9] for i, h in teacher.hidden_states.items()},
         attention_mask=teacher.attention_mask[:9],
     )
     with torch.no_grad():
@@ -511,8 +526,9 @@ def test_rows_without_a_label_are_left_out_of_the_fit(captured):
 
 def test_terms_of_weight_zero_are_neither_computed_nor_captured_for():
     recipe = build_recipe("internal", STUDENT, TEACHER, attention_weight=0.0)
-    assert "attention_kl" not in recipe.terms and not recipe.needs.attention
-    assert build_recipe("labels", STUDENT, TEACHER).needs_teacher is False
+    assert "attention_kl" not in recipe.terms
+    assert not any(needs.attention for needs in recipe.needs())
+    assert build_recipe("labels", STUDENT, TEACHER).needs_teacher() is False
 
 
 @pytest.mark.parametrize(
