@@ -15,21 +15,24 @@ from kdfast.losses.layers import (
     as_pairs,
     check_widths,
     choose,
-    masked_mean,
     over_layers,
     statistics,
 )
+from kdfast.ops.layer_projection import layer_projection_loss
 
 ROWS = ("cls", "tokens")
 
 
 class _HiddenLoss(nn.Module):
-    """Rows of each layer pair, projected where widths differ, compared by `distance`.
+    """Rows of each layer pair, projected where widths differ, compared by `objective`.
 
-    unit: what its mean runs over; no sample is coupled with another.
+    It is layer projection on one teacher layer, whose weight is then 1: the same kernels, which
+    make loss and gradient in one sweep. unit: what its mean runs over; no sample is coupled with
+    another.
     """
 
     couples_samples = False
+    objective = ""
 
     def __init__(
         self,
@@ -38,16 +41,18 @@ class _HiddenLoss(nn.Module):
         teacher_width: int | None,
         pairs: int,
         layers: str,
+        backend: str,
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.rows = choose("rows", rows, ROWS)
         self.unit = "samples" if rows == "cls" else "tokens"
         self.layers = choose("layers", layers, LAYER_REDUCTIONS)
         self.projections = LearnedProjections(student_width, teacher_width, pairs)
 
-    def distance(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """[..., D] and [..., D] to [...]."""
-        raise NotImplementedError
+    def compared(self, states: torch.Tensor) -> torch.Tensor:
+        """States [..., D] as they are compared."""
+        return states
 
     def forward(
         self,
@@ -73,7 +78,13 @@ class _HiddenLoss(nn.Module):
         for student, (_, teacher) in zip(projected, pairs, strict=True):
             check_widths(student, teacher)
             losses.append(
-                masked_mean(self.distance(statistics(student), statistics(teacher)), attention_mask)
+                layer_projection_loss(
+                    [self.compared(student)],
+                    [self.compared(teacher.to(student.dtype))],
+                    objective=self.objective,
+                    mask=attention_mask,
+                    backend=self.backend,
+                )
             )
         return over_layers(torch.stack(losses), self.layers)
 
@@ -86,11 +97,14 @@ class CosineLoss(_HiddenLoss):
         student_width, teacher_width: give both where they differ; one projection a pair is learned.
         pairs: number of layer pairs.
         layers: "sum" (the paper's reading) or "mean" over pairs.
+        backend: see kdfast.layer_projection_loss.
 
     unit: "samples" with rows="cls", "tokens" otherwise; couples_samples: False.
 
     Source: Aguilar et al. 2020, L_cos; DistilBERT's cosine loss with rows="tokens".
     """
+
+    objective = "cosine"
 
     def __init__(
         self,
@@ -100,11 +114,9 @@ class CosineLoss(_HiddenLoss):
         teacher_width: int | None = None,
         pairs: int = 1,
         layers: str = "sum",
+        backend: str = "auto",
     ) -> None:
-        super().__init__(rows, student_width, teacher_width, pairs, layers)
-
-    def distance(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return 1 - F.cosine_similarity(student, teacher, dim=-1)
+        super().__init__(rows, student_width, teacher_width, pairs, layers, backend)
 
 
 class HiddenMSELoss(_HiddenLoss):
@@ -118,6 +130,8 @@ class HiddenMSELoss(_HiddenLoss):
     Source: TinyBERT's hidden loss (rows="tokens"); PKD's L_PT (rows="cls", normalize=True).
     """
 
+    objective = "mse"
+
     def __init__(
         self,
         rows: str = "tokens",
@@ -127,11 +141,10 @@ class HiddenMSELoss(_HiddenLoss):
         teacher_width: int | None = None,
         pairs: int = 1,
         layers: str = "sum",
+        backend: str = "auto",
     ) -> None:
-        super().__init__(rows, student_width, teacher_width, pairs, layers)
+        super().__init__(rows, student_width, teacher_width, pairs, layers, backend)
         self.normalize = normalize
 
-    def distance(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        if self.normalize:
-            student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-        return (student - teacher).square().mean(-1)
+    def compared(self, states: torch.Tensor) -> torch.Tensor:
+        return F.normalize(statistics(states), dim=-1) if self.normalize else states

@@ -1,0 +1,417 @@
+"""How the losses grow: time and memory against batch, length, layer pairs, teacher layers, classes.
+
+Along each axis one size changes and all others stay. What is timed is the loss of a recipe, forward
+and backward, on random internals of the shapes that a capture would leave: no model runs. An
+exponent is the slope of a straight line through all points, logarithm against logarithm, with its
+standard error; at the small end it is that of the overhead.
+
+On paper, with B samples of N tokens, P layer pairs, T teacher layers, width D, C classes:
+
+    internal   attention KL: 4·P·B·N²·D products (times 2 flop), 2·P·B·H·N² exponentials, memory of
+               a few tiles; cosine: P·B·N·D
+    fsd        tokens of a sample: B·N²·D or B·N·D², whichever is less; samples of the batch:
+               B²·N·D; memory: clusters·N·D for each sample and for the two memories
+    universal  B·T·S·C for S student layers, and B·T·D·C for the classifiers
+
+so batch and layer pairs cost their first power everywhere but in what couples samples, length its
+second in attention and its first elsewhere.
+
+The results are as in `harness`, but for `suite` ("scale") and the rows:
+
+    rows  [{axis, method, points: [{size, variants: {name: {seconds: [one a round],
+                                                            memory: peak bytes | null}}}],
+            exponents: {name: {seconds: [slope, standard error], memory: the same | null}}}]
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdfast.benchmarks import harness
+from kdfast.benchmarks.step import losses_of
+from kdfast.errors import InputError
+
+VARIANTS = ("kdfast", "eager")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The shapes of a problem; the teacher has the student's width and heads of 32 or 64."""
+
+    batch: int = 16
+    length: int = 128
+    pairs: int = 3
+    teacher_layers: int = 6
+    classes: int = 3
+    width: int = 384
+    heads: int = 12
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "internal": {"cosine_rows": "tokens"},
+    "fsd": {},
+    "universal": {"label_share": 0.0},
+}
+# axis: (field of Size, its values by set, the methods that it changes, what else is different)
+AXES: dict[str, tuple[str, dict[str, Sequence[int]], Sequence[str], dict[str, int]]] = {
+    "batch": (
+        "batch",
+        {"cpu": (4, 8, 16, 32, 64), "cuda": (16, 32, 64, 128, 256), "quick": (2, 4)},
+        ("internal", "fsd", "universal"),
+        {},
+    ),
+    "length": (
+        "length",
+        {"cpu": (64, 128, 256, 512, 1024), "cuda": (128, 256, 512, 1024, 2048), "quick": (8, 16)},
+        ("internal", "fsd"),
+        {"batch": 4},
+    ),
+    "layer pairs": (
+        "pairs",
+        {"cpu": (1, 2, 3, 6), "cuda": (1, 2, 3, 6), "quick": (1, 2)},
+        ("internal", "fsd"),
+        {},
+    ),
+    "teacher layers": (
+        "teacher_layers",
+        {"cpu": (3, 6, 12, 24), "cuda": (3, 6, 12, 24), "quick": (3, 6)},
+        ("universal",),
+        {"batch": 64, "classes": 16},
+    ),
+    "classes": (
+        "classes",
+        {"cpu": (2, 8, 32, 128, 512), "cuda": (2, 8, 32, 128, 512), "quick": (2, 8)},
+        ("universal",),
+        {"batch": 64},
+    ),
+}
+MEMORY = ("batch", "length")  # axes along which it is measured, in a process each point
+
+
+def problem(method: str, size: Size, device: torch.device) -> Callable[[], None]:
+    """A call is one forward and backward of the method's losses."""
+    from kdfast.captured import Captured, LayerAttention, ModelShape
+    from kdfast.recipes import build_recipe
+
+    student = ModelShape(size.pairs, size.width, size.heads, size.classes)
+    teacher = ModelShape(size.teacher_layers, size.width, size.heads, size.classes)
+    options: dict[str, Any] = {**METHODS[method], "soft_label_weight": 0.0}
+    if method == "fsd":
+        options |= {"max_length": size.length, "layer_map": "uniform"}
+    recipe = build_recipe(method, student, teacher, **options).to(device)
+    for part in recipe.fitted.values():
+        part.stand_in()
+    generator = torch.Generator(device).manual_seed(0)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def captured(shape: Any, needs: Any) -> Captured:
+        def projected() -> torch.Tensor:  # [B, N, H, d] in memory
+            heads = size.heads, size.width // size.heads
+            return tensor(size.batch, size.length, *heads).transpose(1, 2)
+
+        return Captured(
+            logits=tensor(size.batch, size.classes),
+            hidden_states={
+                i: tensor(size.batch, size.length, size.width) for i in needs.hidden_states
+            },
+            attention={
+                i: LayerAttention(
+                    projected(), projected(), projected(), scale=(size.width // size.heads) ** -0.5
+                )
+                for i in needs.attention
+            },
+            attention_mask=torch.ones(
+                size.batch, size.length, dtype=torch.long, device=device
+            ),
+        )  # fmt: skip
+
+    own, theirs = (
+        captured(shape, needs)
+        for shape, needs in zip((student, teacher), recipe.needs(), strict=True)
+    )
+    learned = [own.logits, *own.hidden_states.values()]
+    learned += [x for layer in own.attention.values() for x in (layer.query, layer.key)]
+    for x in learned:
+        x.requires_grad_()
+    labels = torch.randint(size.classes, (size.batch,), device=device)
+
+    def run() -> None:
+        recipe.total(recipe(own, theirs, labels)).backward()
+        recipe.zero_grad()
+        for x in learned:
+            x.grad = None
+
+    return run
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> list[float] | None:
+    """Slope of log y against log x and its standard error; None without two points above 0."""
+    points = [(math.log(x), math.log(y)) for x, y in points if y > 0]
+    if len(points) < 2:
+        return None
+    xs, ys = zip(*points, strict=True)
+    x0, y0 = statistics.mean(xs), statistics.mean(ys)
+    spread = sum((x - x0) ** 2 for x in xs)
+    slope = sum((x - x0) * (y - y0) for x, y in points) / spread
+    left = sum((y - y0 - slope * (x - x0)) ** 2 for x, y in points)
+    error = math.sqrt(left / max(1, len(points) - 2) / spread)
+    return [slope, error]
+
+
+def measure(
+    axis: str,
+    method: str,
+    which: str,
+    device: torch.device,
+    clock: harness.Clock,
+    *,
+    rounds: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    field, values, _, others = AXES[axis]
+    base = replace(Size(), **others)
+    if which == "quick":
+        base = replace(base, batch=4, length=8, width=32, heads=2)
+    points = []
+    for value in values[which]:
+        say(f"{value}")
+        size = replace(base, **{field: value})
+        variants: dict[str, dict[str, Any]] = {
+            name: {"seconds": [], "memory": None} for name in VARIANTS
+        }
+        runs = {}
+        for name in VARIANTS:
+            with losses_of(name):
+                torch.manual_seed(0)
+                runs[name] = problem(method, size, device)
+                runs[name]()
+        for order in harness._interleaved(list(runs), rounds):
+            for name in order:
+                with losses_of(name):
+                    seconds = clock(lambda: None, lambda _, run=runs[name]: run())
+                    variants[name]["seconds"].append(seconds)
+        del runs
+        gc.collect()
+        if axis in MEMORY and which != "quick":
+            for name in VARIANTS:
+                variants[name]["memory"] = _peak(method, size, name, device)
+        points.append({"size": value, "variants": variants})
+    exponents: dict[str, Any] = {}
+    for name in VARIANTS:
+        times = [(p["size"], statistics.median(p["variants"][name]["seconds"])) for p in points]
+        memory = [(p["size"], p["variants"][name]["memory"] or 0) for p in points]
+        exponents[name] = {"seconds": exponent(times), "memory": exponent(memory)}
+    return {"axis": axis, "method": method, "points": points, "exponents": exponents}
+
+
+def _peak(method: str, size: Size, variant: str, device: torch.device) -> int | None:
+    """Bytes beyond the captured tensors at the peak of a run, in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        try:
+            return process.submit(
+                _peak_of_this_process, method, size, variant, device.type, torch.get_num_threads()
+            ).result()
+        except BrokenProcessPool:  # killed for want of memory
+            return None
+
+
+def _peak_of_this_process(
+    method: str, size: Size, variant: str, kind: str, threads: int
+) -> int | None:
+    torch.set_num_threads(threads)
+    device = torch.device(kind)
+    with losses_of(variant):
+        problem(method, replace(size, batch=2, length=8), device)()
+        run = problem(method, size, device)
+        gc.collect()
+        if kind == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            return int(torch.cuda.max_memory_allocated() - before)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        except OSError:
+            return None
+        before = harness._status("VmRSS")
+        run()
+        return max(0, harness._status("VmHWM") - before)
+
+
+def run(
+    device: torch.device,
+    *,
+    which: str | None = None,
+    only: str = "",
+    seconds: float | None = None,
+    write: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+    """Measure all axes; `write` sees each state. seconds: unused, the rounds of a point are few."""
+    which = which or device.type
+    wanted = [
+        (axis, method)
+        for axis, (_, _, methods, _) in AXES.items()
+        for method in methods
+        if only in f"{axis} {method}"
+    ]
+    if not wanted:
+        raise InputError(f"no axis of scale has {only!r} in its name: {', '.join(AXES)}")
+    results: dict[str, Any] = {
+        "schema": 1,
+        "suite": "scale",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "complete": False,
+        "set": which,
+        "device": device.type,
+        "machine": harness.machine(device),
+        "versions": harness.versions(),
+        "rows": [],
+    }
+    clock = harness.Clock(device)
+    with harness.progress(len(wanted)) as (say, advance):
+        for axis, method in wanted:
+
+            def say_of_row(text: str, label: str = f"scale {axis} {method}") -> None:
+                say(f"{label}: {text}")
+
+            results["rows"].append(
+                measure(
+                    axis,
+                    method,
+                    which,
+                    device,
+                    clock,
+                    rounds=3 if which == "quick" else 5,
+                    say=say_of_row,
+                )  # fmt: skip
+            )
+            write(results)
+            advance()
+    results["complete"] = True
+    write(results)
+    return results
+
+
+# On paper: several GPUs
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs that each train on their own batch and average gradients by a ring.
+
+    bandwidth: bytes per second that a GPU sends while it receives as many (NVLink 4: 450e9).
+    latency: seconds of a collective. overlap: the share of the gradients' exchange that hides
+    behind the backward pass (all buckets but the last, in practice).
+    """
+
+    gpus: int = 8
+    bandwidth: float = 450e9
+    latency: float = 2e-5
+    overlap: float = 0.8
+
+
+def step_on(
+    cluster: Cluster, seconds: float, parameters: int, gathered: int = 0, *, size: int = 4
+) -> float:
+    """Seconds of a step on all GPUs, each with the batch that takes one of them `seconds`.
+
+    parameters: those that are trained, `size` bytes each in the exchange. gathered: bytes that a
+    GPU hands to all others for losses that couple samples (features of its batch), there and, as
+    gradients, back; these wait, for the loss needs all of them.
+    """
+    ring = (cluster.gpus - 1) / cluster.gpus
+    exchange = 2 * ring * parameters * size / cluster.bandwidth + cluster.latency
+    gather = 0.0
+    if gathered:
+        gather = 2 * ((cluster.gpus - 1) * gathered / cluster.bandwidth + cluster.latency)
+    return seconds + (1 - cluster.overlap) * exchange + gather
+
+
+# Tables and plots
+
+
+def markdown(results: dict[str, Any]) -> str:
+    from kdfast.benchmarks.report import _table
+
+    body = []
+    for row in results["rows"]:
+        sizes = [str(point["size"]) for point in row["points"]]
+        for name in VARIANTS:
+            times = [statistics.median(p["variants"][name]["seconds"]) for p in row["points"]]
+            body.append(
+                [
+                    row["axis"],
+                    row["method"],
+                    name,
+                    ", ".join(sizes),
+                    ", ".join(f"{1e3 * t:.3g}" for t in times),
+                    *(_exponent(row["exponents"][name][x]) for x in ("seconds", "memory")),
+                ]
+            )
+    header = ["axis", "losses", "", "sizes", "ms", "time grows by", "memory by"]
+    return _table(header, body)
+
+
+def _exponent(found: list[float] | None) -> str:
+    return "" if found is None else f"{found[0]:.2f} ± {found[1]:.2f}"
+
+
+def plot(folder: Path, results: dict[str, Any]) -> list[Path]:
+    """scale_seconds.png and scale_memory.png: a panel an axis, logarithms on both sides."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed, and none may be there
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for what, unit, scale in (("seconds", "ms", 1e3), ("memory", "MB", 1e-6)):
+        shown = [r for r in results["rows"] if r["exponents"]["kdfast"][what]]
+        axes = list(dict.fromkeys(row["axis"] for row in shown))
+        if not axes:
+            continue
+        figure, panels = plt.subplots(
+            1, len(axes), figsize=(3.4 * len(axes), 3.4), squeeze=False, layout="constrained"
+        )
+        for panel, axis in zip(panels[0], axes, strict=True):
+            rows = [row for row in shown if row["axis"] == axis]
+            for k, row in enumerate(rows):
+                for name, style in zip(VARIANTS, ("o-", "s--"), strict=True):
+                    xs = [point["size"] for point in row["points"]]
+                    ys = [_value(point["variants"][name], what) for point in row["points"]]
+                    slope = _exponent(row["exponents"][name][what]).split(" ±")[0]
+                    label = f"{row['method']}, {name}: {slope}"
+                    panel.loglog(xs, [scale * y for y in ys], style, color=f"C{k}", ms=4,
+                                 label=label)  # fmt: skip
+            sizes = [point["size"] for point in rows[0]["points"]]
+            panel.set_xticks(sizes, [str(size) for size in sizes])
+            panel.minorticks_off()
+            panel.set_xlabel(axis)
+            panel.set_ylabel(f"{'peak memory' if what == 'memory' else 'time'}, {unit}")
+            panel.legend(fontsize=7)
+        made.append(folder / f"scale_{what}.png")
+        partial = made[-1].with_name(made[-1].name + ".partial")
+        figure.savefig(partial, dpi=130, format="png")
+        os.replace(partial, made[-1])
+        plt.close(figure)
+    return made
+
+
+def _value(variant: dict[str, Any], what: str) -> float:
+    return statistics.median(variant["seconds"]) if what == "seconds" else variant["memory"] or 0.0

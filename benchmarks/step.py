@@ -1,0 +1,615 @@
+"""The whole training step: what internal distillation costs beside soft labels.
+
+A row is a pair of models, a batch, a length and a method. Its variants, taken in turn, round after
+round:
+
+    fine-tuning    the student on labels, no teacher
+    soft labels    teacher forward, KL of the outputs
+    eager          soft labels and the method's losses as plain PyTorch
+    compile        the same losses, each by torch.compile
+    kdfast         the same losses on kdfast's operators
+
+All are DistillationTrainers on equal students; a step is the trainer's own training step (teacher,
+student, losses, backward), clipping, optimizer and schedule, of one batch that is there. Attention
+dropout is 0. What counts are the ratios within rounds of kdfast to soft labels and to eager.
+
+The results are as in `harness`, but for `suite` ("step") and the rows:
+
+    rows  [{name, pair, method, shape: {B, N}, tokens: valid ones of the batch, dtype,
+            variants: {name: {seconds: [one a round], loss: of the first step, before any update,
+                              parts: {part: [seconds]} (see kdfast.distill.profile),
+                              memory: peak bytes of a step, of a process of its own | null,
+                              skipped: why it was not run | null}},
+            others, wrong}]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.benchmarks import harness
+from kdfast.errors import InputError
+
+BASELINES = ("fine-tuning", "soft labels")
+OURS = ("eager", "compile", "kdfast")
+# With every layer mapped. The structures of fsd are on the penultimate layer, as in the paper.
+METHODS: dict[str, dict[str, Any]] = {
+    "internal": {"recipe": "internal", "cosine_rows": "tokens"},
+    "fsd": {"recipe": "fsd"},
+    "universal": {"recipe": "universal", "label_share": 0.0},
+}
+ALL = "all three"
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """tokens: None for the real sentences as they are, else sentences joined to that length."""
+
+    pair: str
+    method: str
+    batch: int
+    tokens: int | None
+    dtype: str = "float32"
+    memory: bool = False
+    without: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        length = "real sentences" if self.tokens is None else f"N{self.tokens}"
+        return f"{self.pair} {self.method} B{self.batch} {length} {self.dtype}"
+
+
+def _rows(pair: str, methods: Sequence[str], batch: int, tokens: int | None, **more: Any) -> Any:
+    return [Row(pair, method, batch, tokens, **more) for method in methods]
+
+
+EACH = (*METHODS, ALL)
+_HALF: dict[str, Any] = {"dtype": "bfloat16"}
+ROWS = {
+    "cpu": [
+        *_rows("minilm", EACH, 32, 128, memory=True),
+        *_rows("minilm", ("internal", ALL), 32, None),
+        *_rows("minilm", ("internal",), 32, 512, memory=True),
+        *_rows("bert", ("internal",), 8, 128),
+    ],
+    "cuda": [
+        *_rows("bert", EACH, 256, 128, **_HALF, memory=True),
+        *_rows("bert", EACH, 32, 512, **_HALF, memory=True),
+        *_rows("bert", ("internal",), 2, 4096, **_HALF, memory=True),
+        *_rows("bert", ("internal",), 32, 128, **_HALF),
+        *_rows("bert", ("internal",), 64, 512, **_HALF),
+        *_rows("bert", ("internal",), 32, 128),
+    ],
+    "quick": [
+        Row("tiny", "internal", 4, 16, without=("compile",)),
+        Row("tiny", ALL, 4, 16, without=("compile",)),
+    ],
+}
+
+
+# Models and batches
+
+
+@dataclass
+class Pair:
+    """A teacher, how its students are made, and batches for both."""
+
+    teacher: Any
+    layers: int
+    tokenizer: Any = None
+
+    def student(self) -> Any:
+        from kdfast.distill.models import cut_student
+
+        torch.manual_seed(0)
+        return cut_student(self.teacher, self.layers, label_names=["no", "yes"])
+
+
+def make_pair(name: str, tokens: int | None) -> Pair:
+    """bert: BERT-base of random weights, 12 layers to 6. minilm: the demo's model, 6 to 3 (384
+    wide). tiny: for tests, 4 to 2."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from kdfast.distill.models import load_model, load_tokenizer
+
+    torch.manual_seed(0)
+    if name == "minilm":
+        teacher = load_model("demo:minilm", label_names=["no", "yes"])
+        return Pair(teacher, 3, load_tokenizer("demo:minilm"))
+    positions = max(512, tokens or 0)
+    if name == "bert":
+        config = BertConfig(max_position_embeddings=positions)
+        return Pair(BertForSequenceClassification(config).eval(), 6)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64,
+        vocab_size=128, max_position_embeddings=positions,
+    )  # fmt: skip
+    return Pair(BertForSequenceClassification(config).eval(), 2)
+
+
+def make_batch(pair: Pair, row: Row) -> dict[str, Tensor]:
+    """Real sentences where the pair has a tokenizer, as they are (padded to the longest) or joined
+    and cut to whole rows; otherwise random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (row.batch,), generator=generator)
+    if pair.tokenizer is None:
+        if row.tokens is None:
+            raise InputError(f"the pair {row.pair} has no tokenizer, so no real sentences")
+        words = pair.teacher.config.vocab_size
+        ids = torch.randint(5, words, (row.batch, row.tokens), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    from kdfast.distill.demo import demo_sentences
+
+    texts = list(demo_sentences("reviews")["text"])
+    if row.tokens is None:
+        found = pair.tokenizer(texts[: row.batch], padding=True, truncation=True, max_length=64)
+        return {k: torch.tensor(v) for k, v in found.items()} | {"labels": labels}
+    first, last = pair.tokenizer.cls_token_id, pair.tokenizer.sep_token_id
+    running = iter(
+        token
+        for text in texts
+        for token in pair.tokenizer(text, add_special_tokens=False)["input_ids"]
+    )
+    ids = torch.tensor(
+        [[first, *(next(running) for _ in range(row.tokens - 2)), last] for _ in range(row.batch)]
+    )
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def recipe_of(variant: str, method: str, tokens: int) -> tuple[str, dict[str, Any]]:
+    """Name and options of the recipe that a variant trains."""
+    if variant == "fine-tuning":
+        return "labels", {}
+    if variant == "soft labels":
+        return "soft_labels", {}
+    if method != ALL:
+        options = dict(METHODS[method])
+        if method == "fsd":
+            options["max_length"] = tokens
+        return options.pop("recipe"), options
+    # Soft labels once.
+    parts = [{**options, "soft_label_weight": 0.0} for options in METHODS.values()]
+    del parts[0]["soft_label_weight"]
+    return "custom", {"losses": parts, "max_length": tokens}
+
+
+class Stepper:
+    """A trainer at the start of its training, which takes one step of a batch at a time."""
+
+    def __init__(self, pair: Pair, row: Row, variant: str, batch: dict[str, Tensor]) -> None:
+        from datasets import Dataset
+        from transformers import default_data_collator
+
+        from kdfast.distill.trainer import DistillationArguments, DistillationTrainer
+
+        name, options = recipe_of(variant, row.method, batch["input_ids"].shape[1])
+        self.folder = tempfile.TemporaryDirectory()
+        cuda = torch.cuda.is_available()
+        self.trainer: Any = DistillationTrainer(
+            model=pair.student(),
+            teacher=None if variant == "fine-tuning" else pair.teacher,
+            args=DistillationArguments(
+                output_dir=self.folder.name, recipe=name, recipe_options=options, max_steps=1000,
+                per_device_train_batch_size=row.batch, learning_rate=1e-5, report_to="none",
+                bf16=row.dtype == "bfloat16" and not cuda, use_cpu=not cuda, disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict({k: v.tolist() for k, v in batch.items()}),
+            data_collator=default_data_collator,
+        )  # fmt: skip
+        self.batch = batch
+        trainer = self.trainer
+        if row.dtype == "bfloat16" and cuda:
+            for model in (trainer.model, pair.teacher):
+                model.to(torch.bfloat16)
+        for part in trainer.recipe.fitted.values():
+            part.stand_in()  # its values do not change the time
+        trainer.recipe.train()
+        trainer.create_optimizer_and_scheduler(1000)
+        trainer.model_wrapped, trainer.optimizer, trainer.lr_scheduler = (
+            trainer.accelerator.prepare(trainer.model, trainer.optimizer, trainer.lr_scheduler)
+        )
+        trainer.current_gradient_accumulation_steps = 1
+
+    def step(self) -> None:
+        trainer = self.trainer
+        trainer.training_step(trainer.model_wrapped, dict(self.batch))
+        learned = [*trainer.model.parameters(), *trainer.recipe.parameters()]
+        trainer.accelerator.clip_grad_norm_(learned, trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        trainer.model.zero_grad()
+
+    def loss(self) -> float:
+        """Of the batch as it stands, with the same dropout in every variant."""
+        trainer = self.trainer
+        torch.manual_seed(0)
+        trainer.model.train()
+        inputs = trainer._prepare_inputs(dict(self.batch))
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            return float(trainer.compute_loss(trainer.model_wrapped, inputs))
+
+    def close(self) -> None:
+        self.trainer.close()
+        self.folder.cleanup()
+
+
+# The losses as plain PyTorch
+
+
+def eager_attention_kl(
+    query_s: Sequence[Tensor],
+    key_s: Sequence[Tensor],
+    query_t: Sequence[Tensor],
+    key_t: Sequence[Tensor],
+    *,
+    attention_mask: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    **_: Any,
+) -> Tensor:
+    """[pairs]: mean over heads and valid rows of KL(t ‖ s)."""
+    hidden = None if attention_mask is None else ~attention_mask.bool()[:, None, None, :]
+
+    def log_map(query: Tensor, key: Tensor, scale: float) -> Tensor:
+        scores = query @ key.mT * scale
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        return F.log_softmax(scores, dim=-1)
+
+    losses = []
+    for q_s, k_s, q_t, k_t in zip(query_s, key_s, query_t, key_t, strict=True):
+        with torch.no_grad():
+            log_t = log_map(q_t, k_t, scale_t)
+        log_s = log_map(q_s, k_s, scale_s)
+        rows = F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
+        if attention_mask is None:
+            losses.append(rows.mean())
+        else:
+            valid = attention_mask[:, None].to(rows.dtype)
+            losses.append((rows * valid).sum() / (valid.sum() * rows.shape[1]))
+    return torch.stack(losses)
+
+
+def _centred(x: Tensor, mask: Tensor | None) -> Tensor:
+    x = x.float()
+    if mask is None:
+        return x - x.mean(-2, keepdim=True)
+    valid = mask.unsqueeze(-1).to(x.dtype)
+    return (x - (x * valid).sum(-2, keepdim=True) / valid.sum(-2, keepdim=True)) * valid
+
+
+def eager_cka(
+    layers_s: Sequence[Tensor], layers_t: Sequence[Tensor], *, mask: Tensor | None = None, **_: Any
+) -> Tensor:
+    """[pairs, ...]: biased linear CKA of each pair by centred Gram matrices."""
+    found = []
+    for x, y in zip(layers_s, layers_t, strict=True):
+        x, y = _centred(x, mask), _centred(y, mask)
+        k, c = x @ x.mT, y @ y.mT
+        cross, own_s, own_t = ((a * b).sum((-2, -1)) for a, b in ((k, c), (k, k), (c, c)))
+        found.append(cross / (own_s * own_t).sqrt())
+    return torch.stack(found)
+
+
+def eager_layer_projection_loss(
+    layers_s: Sequence[Tensor],
+    layers_t: Sequence[Tensor],
+    *,
+    objective: str,
+    scale: float,
+    temperature: float,
+    **_: Any,
+) -> Tensor:
+    """Mean over student layers and rows; objective "kl" alone."""
+    assert objective == "kl"
+    h, g = (torch.stack(list(layers), -2) for layers in (layers_s, layers_t))
+    mixed = (h @ g.mT * scale).softmax(-1) @ g
+    log_s, log_t = ((x / temperature).log_softmax(-1) for x in (h, mixed))
+    rows = F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
+    return rows.mean() * temperature**2
+
+
+@contextlib.contextmanager
+def losses_of(variant: str) -> Iterator[None]:
+    """The loss modules call plain or compiled PyTorch instead of kdfast's operators."""
+    if variant not in ("eager", "compile"):
+        yield
+        return
+    from kdfast.losses import attention, memory, projection, structure
+
+    def made(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return function if variant == "eager" else _compiled(function)
+
+    class Teacher:
+        """CKATeacher of one memory."""
+
+        def __init__(self, layer: Tensor, **_: Any) -> None:
+            self.layer = layer
+
+        def cka(self, layer: Tensor) -> Tensor:
+            return made(eager_cka)([layer], [self.layer])[0]
+
+    places = (
+        (attention, "attention_kl", made(eager_attention_kl)),
+        (structure, "cka", made(eager_cka)),
+        (projection, "layer_projection_loss", made(eager_layer_projection_loss)),
+        (memory, "CKATeacher", Teacher),
+    )
+    own = [getattr(module, name) for module, name, _ in places]
+    for module, name, function in places:
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for (module, name, _), function in zip(places, own, strict=True):
+            setattr(module, name, function)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=False)
+
+
+# Measuring
+
+
+def measure(
+    row: Row,
+    device: torch.device,
+    *,
+    seconds: float,
+    rounds: tuple[int, int],
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """A row of the results. `seconds` is what the rounds may take, `rounds` their least and most
+    number."""
+    from kdfast.distill.profile import profile
+
+    torch.compiler.reset()
+    _compiled.cache_clear()
+    pair = make_pair(row.pair, row.tokens)
+    pair.teacher.to(device)
+    batch = make_batch(pair, row)
+    variants: dict[str, dict[str, Any]] = {}
+    steppers: dict[str, Stepper] = {}
+    wrong: list[str] = []
+    for name in (*BASELINES, *OURS):
+        if name in row.without:
+            continue
+        say(name)
+        record: dict[str, Any] = {
+            "seconds": [], "loss": None, "parts": None, "memory": None, "skipped": None,
+        }  # fmt: skip
+        variants[name] = record
+        try:
+            stepper = Stepper(pair, row, name, batch)
+            with losses_of(name):
+                record["loss"] = stepper.loss()
+                for _ in range(2):  # the first also allocates what the optimizer keeps
+                    stepper.step()
+                record["parts"] = profile(stepper.trainer, [dict(batch)] * 3)
+            steppers[name] = stepper
+        except Exception as error:
+            memory = harness._out_of_memory(error)
+            record["skipped"] = "out of memory" if memory else harness.one_line(error)
+            if name == "kdfast":
+                wrong.append(f"{name}: {record['skipped']}")
+            del error
+        gc.collect()
+    losses = {name: v["loss"] for name, v in variants.items() if v["loss"] is not None}
+    for name in ("compile", "kdfast"):
+        if {name, "eager"} <= losses.keys():
+            off = abs(losses[name] / losses["eager"] - 1)
+            if not off <= LOSS_TOLERANCE[row.dtype]:  # NaN is wrong too
+                own, eager = losses[name], losses["eager"]
+                wrong.append(f"{name}: its loss is {own:.6g}, that of eager {eager:.6g}")
+    if row.memory:
+        for name in steppers:
+            say(f"{name}: memory")
+            variants[name]["memory"] = _peak(row, name, device)
+    gc.disable()
+    others = harness.OtherWork() if device.type == "cpu" else None
+    try:
+        for number, order in enumerate(harness._interleaved(list(steppers), rounds[1])):
+            say(f"round {number + 1}")
+            for name in order:
+                with losses_of(name):
+                    variants[name]["seconds"].append(_timed(steppers[name].step, device))
+            spent = sum(sum(v["seconds"]) for v in variants.values())
+            if number + 1 >= rounds[0] and spent * (number + 2) / (number + 1) > seconds:
+                break
+    finally:
+        gc.enable()
+    for stepper in steppers.values():
+        stepper.close()
+    return {
+        "name": row.name,
+        "pair": row.pair,
+        "method": row.method,
+        "shape": {"B": row.batch, "N": int(batch["input_ids"].shape[1])},
+        "tokens": int(batch["attention_mask"].sum()),
+        "dtype": row.dtype,
+        "variants": variants,
+        "others": others and others.share(),
+        "wrong": wrong,
+    }
+
+
+def _timed(step: Callable[[], None], device: torch.device) -> float:
+    import time
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _peak(row: Row, variant: str, device: torch.device) -> int | None:
+    """Bytes of a step at its peak, models and optimizer included; of a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        try:
+            return process.submit(
+                _peak_of_this_process, row, variant, device.type, torch.get_num_threads()
+            ).result()
+        except BrokenProcessPool:  # killed for want of memory
+            return None
+
+
+def _peak_of_this_process(row: Row, variant: str, device: str, threads: int) -> int | None:
+    torch.set_num_threads(threads)
+    with losses_of(variant):
+        tiny = Row("tiny", row.method, 2, 8)
+        Stepper(make_pair("tiny", 8), tiny, variant, make_batch(make_pair("tiny", 8), tiny)).step()
+    gc.collect()
+    before = 0 if device == "cuda" else harness._status("VmRSS")
+    pair = make_pair(row.pair, row.tokens)
+    pair.teacher.to(device)
+    stepper = Stepper(pair, row, variant, make_batch(pair, row))
+    with losses_of(variant):
+        for _ in range(2):
+            stepper.step()
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            stepper.step()
+            return int(torch.cuda.max_memory_allocated())
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        except OSError:
+            return None
+        stepper.step()
+        return harness._status("VmHWM") - before
+
+
+def run(
+    device: torch.device,
+    *,
+    which: str | None = None,
+    only: str = "",
+    seconds: float | None = None,
+    write: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+    """Measure the rows of a set (by default that of the device); `write` sees each state."""
+    which = which or device.type
+    rows = [row for row in ROWS[which] if only in row.name]
+    if not rows:
+        raise InputError(f"no row of the set {which!r} of step has {only!r} in its name")
+    results: dict[str, Any] = {
+        "schema": 1,
+        "suite": "step",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "complete": False,
+        "set": which,
+        "device": device.type,
+        "machine": harness.machine(device),
+        "versions": harness.versions(),
+        "rows": [],
+    }
+    quick = which == "quick"
+    if seconds is None:
+        seconds = 0.5 if quick else 90.0 if device.type == "cpu" else 5.0
+    rounds = (3, 5) if quick else (5, 15) if device.type == "cpu" else (10, 50)
+    with harness.progress(len(rows)) as (say, advance):
+        for row in rows:
+
+            def say_of_row(text: str, label: str = f"step {row.name}") -> None:
+                say(f"{label}: {text}")
+
+            results["rows"].append(
+                measure(row, device, seconds=seconds, rounds=rounds, say=say_of_row)
+            )
+            write(results)
+            advance()
+    results["complete"] = True
+    write(results)
+    return results
+
+
+# Tables
+
+
+def markdown(results: dict[str, Any]) -> str:
+    from kdfast.benchmarks.report import _table
+
+    header = [
+        "row", "soft labels", "kdfast", "of soft labels", "of eager", "of compile",
+        "losses", "memory", "of eager's",
+    ]  # fmt: skip
+    body = []
+    for row in results["rows"]:
+        body.append(
+            [
+                row["name"],
+                _milliseconds(row, "soft labels"),
+                _milliseconds(row, "kdfast"),
+                *(_cost(row, "kdfast", x) for x in ("soft labels", "eager", "compile")),
+                f"{100 * share(row, 'kdfast', 'losses'):.1f} %",
+                _memory(row, "soft labels"),
+                _memory(row, "eager"),
+            ]
+        )
+    lines = [_table(header, body), ""]
+    lines += ["Parts of a step, ms:", "", _parts(results)]
+    return "\n".join(lines)
+
+
+def cost(row: dict[str, Any], variant: str, baseline: str) -> tuple[float, float, float] | None:
+    """Time of a variant over that of another in the same round: median, middle half's ends."""
+    return harness.ratios(row, baseline, variant)
+
+
+def share(row: dict[str, Any], variant: str, part: str) -> float:
+    """Of a part in the step of a variant."""
+    parts = {name: statistics.median(s) for name, s in row["variants"][variant]["parts"].items()}
+    return parts[part] / sum(parts.values())
+
+
+def _milliseconds(row: dict[str, Any], variant: str) -> str:
+    seconds = row["variants"].get(variant, {}).get("seconds")
+    return f"{1e3 * statistics.median(seconds):.0f}" if seconds else ""
+
+
+def _cost(row: dict[str, Any], variant: str, baseline: str) -> str:
+    found = cost(row, variant, baseline)
+    if found is None:
+        return (row["variants"].get(baseline) or {}).get("skipped") or ""
+    return f"{found[0]:.3f} ({found[1]:.3f}-{found[2]:.3f})"
+
+
+def _memory(row: dict[str, Any], baseline: str) -> str:
+    own, other = (row["variants"].get(v, {}).get("memory") for v in ("kdfast", baseline))
+    return f"{own / other:.2f}" if own and other else ""
+
+
+def _parts(results: dict[str, Any]) -> str:
+    from kdfast.benchmarks.report import _table
+    from kdfast.distill.profile import PARTS
+
+    body = []
+    for row in results["rows"]:
+        for name, variant in row["variants"].items():
+            if variant["parts"]:
+                times = [statistics.median(variant["parts"][part]) for part in PARTS]
+                body.append([row["name"], name, *(f"{1e3 * t:.1f}" for t in times)])
+    return _table(["row", "variant", *PARTS], body)

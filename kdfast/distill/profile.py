@@ -1,0 +1,111 @@
+"""Where the time of a training step goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from kdfast.captured import Captured
+from kdfast.distill.trainer import DistillationTrainer
+from kdfast.recipes.schedule import Moment
+
+PARTS = ("teacher", "student", "losses", "backward", "optimizer")
+
+
+def profile(
+    trainer: DistillationTrainer, batches: Iterable[dict[str, Any]]
+) -> dict[str, list[float]]:
+    """Seconds of each part of a training step, by part, one entry a batch.
+
+    teacher, student: their forward passes. losses: forward and backward, down to the tensors that
+    were captured from the student; backward: from there to the student's parameters. optimizer:
+    clipping, step and zeroing.
+
+    The trainer must have its optimizer, as after train(). It takes real steps: the student changes.
+    Raises RuntimeError where gradients go through a wrapper or a scaler that splits no backward
+    (several processes, float16).
+    """
+    if trainer.args.world_size > 1 or trainer.args.fp16:
+        raise RuntimeError("a profile is taken of one process, in float32 or bfloat16")
+    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    clock = _Clock(trainer.args.device)
+    model: Any = trainer.model_wrapped
+    model.train()
+    for batch in batches:
+        inputs: Any = trainer._prepare_inputs(batch)
+        for_student, for_teacher = trainer._split(inputs, training=True)
+        labels = for_student.pop("labels", None)
+        at = trainer._clock.moment(trainer.state.global_step) if trainer._clock else Moment()
+        own, theirs = trainer.recipe.needs(at.stage)
+        clock.start()
+        with trainer.compute_loss_context_manager():
+            teacher = trainer._run_teacher(for_teacher, theirs) if theirs else None
+            seconds["teacher"].append(clock.lap())
+            _, student = trainer._student_capture(for_student, forward=model, needs=own)
+            seconds["student"].append(clock.lap())
+            leaves = _leaves(student)
+            losses = trainer.recipe(_replaced(student, leaves), teacher, labels, at)
+            trainer.recipe.total(losses, at).backward()
+        seconds["losses"].append(clock.lap())
+        reached = [(x, leaf.grad) for x, leaf in leaves.values() if leaf.grad is not None]
+        del leaves, losses, student, teacher
+        torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
+        del reached
+        seconds["backward"].append(clock.lap())
+        learned = [*model.parameters(), *trainer.recipe.parameters()]
+        trainer.accelerator.clip_grad_norm_(learned, trainer.args.max_grad_norm)
+        trainer.optimizer.step()  # type: ignore[union-attr]
+        model.zero_grad()
+        trainer.recipe.zero_grad()
+        seconds["optimizer"].append(clock.lap())
+    return seconds
+
+
+class _Clock:
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def start(self) -> None:
+        self.last = self._now()
+
+    def lap(self) -> float:
+        before, self.last = self.last, self._now()
+        return self.last - before
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _leaves(student: Captured) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Each tensor of the student's graph by its id, with a leaf to take its place."""
+    layers = student.attention.values()
+    tensors = [student.logits, *student.hidden_states.values()]
+    tensors += [x for layer in layers for x in (layer.query, layer.key, layer.value)]
+    return {
+        id(x): (x, x.detach().requires_grad_())
+        for x in tensors
+        if x is not None and x.requires_grad
+    }
+
+
+def _replaced(student: Captured, leaves: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Captured:
+    def leaf(x: Any) -> Any:
+        return leaves[id(x)][1] if id(x) in leaves else x
+
+    return dataclasses.replace(
+        student,
+        logits=leaf(student.logits),
+        hidden_states={i: leaf(x) for i, x in student.hidden_states.items()},
+        attention={
+            i: dataclasses.replace(
+                layer, query=leaf(layer.query), key=leaf(layer.key), value=leaf(layer.value)
+            )
+            for i, layer in student.attention.items()
+        },
+    )

