@@ -12,13 +12,14 @@ import torch
 class LayerAttention:
     """What made the attention scores of one layer: softmax(scale · query keyᵀ + masks).
 
-    query: [B, H, N, d]; key, value: [B, H_kv, N, d], after any rotary embedding and before dropout.
+    query: [B, H, N, d]; key, value: [B, H_kv, N, d], after any rotary embedding and before dropout;
+    value None where it was read from a cache and not wanted (Needs.values).
     causal, window: the layer's own masks; window keeps |i − j| ≤ window, None keeps all.
     """
 
     query: torch.Tensor
     key: torch.Tensor
-    value: torch.Tensor
+    value: torch.Tensor | None
     scale: float
     causal: bool = False
     window: int | None = None
@@ -92,14 +93,16 @@ class Needs:
     """What is read of a model, so that nothing else is run or kept.
 
     hidden_states, attention: layers, as Captured numbers them (any iterable of them is taken).
+    values: the layers of `attention` whose values are read too, not only queries and keys.
     """
 
     logits: bool = False
     hidden_states: Iterable[int] = frozenset()
     attention: Iterable[int] = frozenset()
+    values: Iterable[int] = frozenset()
 
     def __post_init__(self) -> None:
-        for name in ("hidden_states", "attention"):
+        for name in ("hidden_states", "attention", "values"):
             object.__setattr__(self, name, frozenset(getattr(self, name)))
 
     def __bool__(self) -> bool:
@@ -110,6 +113,7 @@ class Needs:
             self.logits or other.logits,
             {*self.hidden_states, *other.hidden_states},
             {*self.attention, *other.attention},
+            {*self.values, *other.values},
         )
 
     @property

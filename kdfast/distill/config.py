@@ -162,6 +162,8 @@ class _Job:
 
     teacher: a folder or hub name; null fine-tunes `teacher_base` on data.teacher_train rows and
         keeps the result in teacher_dir for the next run.
+    teacher_cache: a folder where what the recipes read of the teacher on the training sentences is
+        kept for all students and further runs, see DistillationArguments; null keeps nothing.
     output_dir: with {task} for the name of the GLUE task.
     quick_overrides: what quick=true changes.
     """
@@ -171,6 +173,7 @@ class _Job:
     teacher_base: str = "demo:minilm"
     teacher_training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     teacher_dir: str = "runs/teachers"
+    teacher_cache: str | None = None
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)

@@ -408,7 +408,10 @@ def _preflight(config: DistillConfig | CompareConfig, ways: Sequence[Way], split
         job = Job(config, Path(folder), few, to_device(teacher), tokenizer)
         for way in tried:
             setup = job.setup(way.student)
-            try_one_step(setup, way, ways[0].seeds[0], job.run_dir, len(splits.student_train))
+            try_one_step(
+                *(setup, way, ways[0].seeds[0], job.run_dir, len(splits.student_train)),
+                cache=config.teacher_cache,
+            )
     return model_digest(teacher) if own else ""
 
 

@@ -331,7 +331,11 @@ def trained(
     timer = _StepTimer()
     trainer = setup.trainer(
         student,
-        arguments(way, len(setup.train), work, seed, prepared=job.run_dir / "prepared"),
+        arguments(
+            *(way, len(setup.train), work, seed),
+            prepared=job.run_dir / "prepared",
+            cache=job.config.teacher_cache,
+        ),
         callbacks=[timer],
     )
     if way.label in job.announced:
@@ -364,9 +368,16 @@ def _assistant(job: Job, way: Way, seed: int, folder: Path, home: Path) -> PreTr
 
 
 def arguments(
-    way: Way, rows: int, output_dir: Path, seed: int, *, prepared: Path | None = None
+    way: Way,
+    rows: int,
+    output_dir: Path,
+    seed: int,
+    *,
+    prepared: Path | None = None,
+    cache: str | None = None,
 ) -> DistillationArguments:
-    """The Trainer's arguments. rows: of the training data, for the number of steps."""
+    """The Trainer's arguments. rows: of the training data, for the number of steps. prepared,
+    cache: folders for what is fitted to the teacher and for what is read of it."""
     training = way.training
     per_epoch = _steps_per_epoch(training, rows)
     steps = training.steps or max(1, round((training.epochs or 1) * per_epoch))
@@ -392,6 +403,7 @@ def arguments(
             recipe_options=way.options,
             attention_dropout=way.student.attention_dropout,
             prepared_dir=None if prepared is None else str(prepared),
+            teacher_cache=cache,
             **values,
         )
     except (TypeError, ValueError) as error:
@@ -455,11 +467,13 @@ class _StepTimer(TrainerCallback):
         return 1000 * statistics.median(self.seconds) if self.seconds else None
 
 
-def try_one_step(setup: Setup, way: Way, seed: int, folder: Path, rows: int) -> None:
+def try_one_step(
+    setup: Setup, way: Way, seed: int, folder: Path, rows: int, *, cache: str | None = None
+) -> None:
     """One real training step of each stage, on the few rows of `setup`; whatever cannot work is an
     InputError.
 
-    rows: of the training data that the few stand for.
+    rows: of the training data that the few stand for. cache: the run's; nothing is written there.
     """
     try:
         if assistants := way.options.get("assistants"):
@@ -469,7 +483,7 @@ def try_one_step(setup: Setup, way: Way, seed: int, folder: Path, rows: int) -> 
             for layers in assistants:
                 replace(setup, student_config=replace(way.student, layers=layers)).student(seed)
             way = replace(way, options={**way.options, "assistants": None})
-        args = arguments(way, rows, folder, seed)
+        args = arguments(way, rows, folder, seed, cache=cache)
         steps = args.max_steps
         values = {
             "per_device_train_batch_size": min(4, args.per_device_train_batch_size),

@@ -42,6 +42,16 @@ from kdfast.distill.data import DistillationCollator, same_vocabulary
 from kdfast.distill.models import set_attention_dropout
 from kdfast.distill.prepare import prepare
 from kdfast.distill.stages import StageClock, stage_steps
+from kdfast.distill.teacher_cache import (
+    ROW,
+    NumberedRows,
+    RowCollator,
+    TeacherCache,
+    TeacherInputs,
+    TeacherRows,
+    check_indexed,
+    check_masked,
+)
 from kdfast.errors import InputError
 from kdfast.recipes import RECIPES, Recipe, build_recipe, check_recipe
 from kdfast.recipes.schedule import Moment
@@ -59,6 +69,9 @@ class DistillationArguments(TrainingArguments):
     the losses compare attention before dropout, and on a CPU dropout makes SDPA form the maps.
     prepared_dir: where parts that are fitted before training (cluster memories, pseudo classifiers)
     are kept for other runs on the same teacher and data; None fits them every time.
+    teacher_cache: a folder for all that the recipe reads of the teacher on the training data, so
+    that the teacher runs over it once, before the first step, and not at all in later runs; it
+    waits on the CPU while the student trains. None runs it in every step.
     """
 
     recipe: str = field(default="internal", metadata={"help": "name of the recipe"})
@@ -70,6 +83,9 @@ class DistillationArguments(TrainingArguments):
     )
     prepared_dir: str | None = field(
         default=None, metadata={"help": "where fitted parts of the recipe are kept and reused"}
+    )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "where the teacher's internals are kept and reused"}
     )
 
 
@@ -99,7 +115,8 @@ class DistillationTrainer(Trainer):
 
     Raises:
         InputError: models that the recipe cannot join, reentrant gradient checkpointing, label
-            smoothing, data-parallel threads, differing vocabularies without teacher columns.
+            smoothing, data-parallel threads, differing vocabularies without teacher columns, a
+            teacher cache for losses that read padding.
     """
 
     # A recipe is a mean over the batch: the Trainer divides it by the accumulation steps.
@@ -207,6 +224,17 @@ class DistillationTrainer(Trainer):
                 f"  student attention dropout set to {args.attention_dropout:g} in {layers} layers "
                 "(attention_dropout=None keeps the model's own)"
             ] * bool(layers)
+        self._cached = bool(args.teacher_cache) and recipe.needs_teacher()
+        if self._cached:
+            check_masked(recipe)
+            loading: Any = self.args.accelerator_config
+            if loading.dispatch_batches:
+                raise InputError(
+                    "teacher_cache needs each process to load its own batches: leave out "
+                    "accelerator_config.dispatch_batches, or teacher_cache"
+                )
+        self._cache: TeacherCache | None = None
+        self._said_of_cache: list[str] = []
         self.recipe = recipe.to(self.args.device)
         self.teacher: PreTrainedModel | None = None
         of_student, of_teacher = recipe.needs()
@@ -234,7 +262,7 @@ class DistillationTrainer(Trainer):
                     [
                         recipe.table(None if self._clock is None else self._clock.steps),
                         *announcement,
-                        *(f"  {line}" for line in self._prepared or ()),
+                        *(f"  {line}" for line in (*(self._prepared or ()), *self._said_of_cache)),
                     ]
                 )
             )
@@ -261,7 +289,7 @@ class DistillationTrainer(Trainer):
         labels = student_inputs.pop("labels", None)
         at = Moment() if self._clock is None else self._clock.moment(self.state.global_step)
         own, theirs = self.recipe.needs(at.stage)
-        teacher = self._run_teacher(teacher_inputs, theirs) if theirs else None
+        teacher = self._teacher_of(teacher_inputs, theirs, inputs.get(ROW)) if theirs else None
         outputs, student = self._student_capture(
             student_inputs,
             forward=model,
@@ -324,7 +352,7 @@ class DistillationTrainer(Trainer):
         teacher = {
             k.removeprefix(TEACHER_PREFIX): v
             for k, v in inputs.items()
-            if k.startswith(TEACHER_PREFIX)
+            if k.startswith(TEACHER_PREFIX) and k != ROW
         }
         if teacher:
             return student, teacher
@@ -337,6 +365,13 @@ class DistillationTrainer(Trainer):
                 "processing_class and teacher_processing_class"
             )
         return student, {k: v for k, v in student.items() if k != "labels"}
+
+    def _teacher_of(
+        self, inputs: dict[str, Any], needs: Needs, rows: TeacherRows | None
+    ) -> Captured:
+        if self._cache is None or rows is None:
+            return self._run_teacher(inputs, needs)
+        return self._cache.read(rows, needs, inputs.get("attention_mask"), self.args.device)
 
     @torch.no_grad()
     def _run_teacher(self, inputs: dict[str, Any], needs: Needs) -> Captured:
@@ -360,9 +395,8 @@ class DistillationTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if getattr(self, "teacher", None) is not None:
             columns: Any = self._signature_columns
-            columns += {TEACHER_PREFIX + name for name in self._teacher_columns()}.difference(
-                columns
-            )
+            theirs = {ROW, *(TEACHER_PREFIX + name for name in self._teacher_columns())}
+            columns += theirs.difference(columns)
 
     # The recipe's own parameters: optimised, clipped, reduced across ranks, saved and restored
 
@@ -487,13 +521,26 @@ class DistillationTrainer(Trainer):
         self._resumed_clock = None
         self._stepped = True
         self._check_before_training()
-        if self._prepared is None and not resume_from_checkpoint:
-            self._prepared = self._prepare_recipe()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        fits = self._prepared is None and not resume_from_checkpoint
+        if not self._cached:
+            if fits:
+                self._prepared = self._prepare_recipe()
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._fill_cache()
+        assert self.teacher is not None
+        self.teacher.to("cpu")  # type: ignore[arg-type]  # the device has better use for its memory
+        try:
+            if fits:
+                self._prepared = self._prepare_recipe()
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.teacher.to(self.args.device)  # type: ignore[arg-type]
 
     def _check_before_training(self) -> None:
         """What would otherwise show after the preparation, which may be long."""
         dataset: Any = self.train_dataset
+        if self._cached:
+            check_indexed(dataset)
         wanting = self.recipe.needs_labels
         if wanting and isinstance(dataset, datasets.Dataset):
             names = {"labels", "label", "label_ids", *(self.label_names or ())}
@@ -510,10 +557,12 @@ class DistillationTrainer(Trainer):
             stage_steps(self.recipe.stages, total, per_epoch)
 
     def skip_preparation(self) -> None:
-        """For a trial step on a few rows: stand-ins for what would be fitted to all of them."""
+        """For a trial step on a few rows: stand-ins for what would be fitted to all of them, and no
+        teacher cache."""
         for part in self.recipe.fitted.values():
             part.stand_in()
         self._prepared = []
+        self._cached = False
 
     def _prepare_recipe(self) -> list[str]:
         """Fit what the recipe wants fitted before training; a checkpoint has it already."""
@@ -525,12 +574,9 @@ class DistillationTrainer(Trainer):
                 f"recipe '{self.recipe.name}' fits {' and '.join(parts)} to the teacher and the "
                 "training data: give teacher and train_dataset"
             )
-        dataset: Any = self.train_dataset
-        collate: Any = self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="training")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="training")
+        dataset, collate = self._training_rows()
+        if self._cache is not None:
+            dataset, collate = NumberedRows(dataset), RowCollator(collate, self._cache.inputs)
         needs = Needs()
         for part in parts.values():
             needs = needs | part.needs_of_teacher()
@@ -538,7 +584,7 @@ class DistillationTrainer(Trainer):
         def run_teacher(batch: dict[str, Any]) -> tuple[Captured, torch.Tensor | None]:
             inputs: Any = self._prepare_inputs(batch)
             _, own = self._split(inputs, training=True)
-            return self._run_teacher(own, needs), inputs.get("labels")
+            return self._teacher_of(own, needs, inputs.get(ROW)), inputs.get("labels")
 
         return prepare(
             parts,
@@ -546,10 +592,66 @@ class DistillationTrainer(Trainer):
             collate,
             run_teacher,
             teacher=self.teacher,
-            precision=f"{self.teacher.dtype}, bf16 {self.args.bf16}, fp16 {self.args.fp16}",
+            precision=self._teacher_precision(),
             directory=self.args.prepared_dir,  # type: ignore[attr-defined]
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
+
+    def _training_rows(self) -> tuple[Any, Any]:
+        """The training data and its collator, without the columns that no model takes."""
+        dataset: Any = self.train_dataset
+        collate: Any = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset, description="training"), collate
+        return dataset, self._get_collator_with_removed_columns(collate, description="training")
+
+    def _teacher_precision(self) -> str:
+        assert self.teacher is not None
+        return f"{self.teacher.dtype}, bf16 {self.args.bf16}, fp16 {self.args.fp16}"
+
+    # The teacher's part of every step, read from disk
+
+    def _fill_cache(self) -> None:
+        dataset, collate = self._training_rows()
+        assert self.teacher is not None
+        inputs = TeacherInputs.of(dataset, self._teacher_columns())
+        directory: Any = self.args.teacher_cache  # type: ignore[attr-defined]
+        self._cache = TeacherCache(directory, self.teacher, inputs, self._teacher_precision())
+        numbered, collate = NumberedRows(dataset), RowCollator(collate, inputs)
+
+        def run(numbers: list[int], needs: Needs) -> tuple[Captured, TeacherRows]:
+            batch: Any = self._prepare_inputs(collate(numbered.__getitems__(numbers)))
+            _, own = self._split(batch, training=True)
+            return self._run_teacher(own, needs), batch[ROW]
+
+        needs = self.recipe.needs()[1]
+        for part in self.recipe.fitted.values():
+            needs = needs | part.needs_of_teacher()
+        self._said_of_cache = [
+            self._cache.fill(
+                needs,
+                run,
+                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+            )
+        ]
+
+    def get_train_dataloader(self) -> Any:
+        if self._cache is None:
+            return super().get_train_dataloader()
+        own = self.train_dataset, self.data_collator
+        rows: Any = NumberedRows(self._training_rows()[0])
+        self.train_dataset = rows
+        self.data_collator = RowCollator(self.data_collator, self._cache.inputs)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = own
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # Some samplers look for lengths in a column, which a plain data set is asked for.
+        if isinstance(train_dataset, NumberedRows):
+            train_dataset = train_dataset.rows
+        return super()._get_train_sampler(train_dataset)
 
     # Stages: their clock, and the learning-rate schedules that begin with them
 

@@ -32,7 +32,11 @@ class RelationTerm(Term):
         self.unit = loss.unit
 
     def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
-        return Needs(attention=[self.student_layer]), Needs(attention=[self.teacher_layer])
+        own, theirs = (
+            Needs(attention=[layer], values=[layer] if "value" in self.loss.relations else [])
+            for layer in (self.student_layer, self.teacher_layer)
+        )
+        return own, theirs
 
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment

@@ -23,6 +23,8 @@ SCHEDULES = ("two_stage", "simultaneous")
 class CountedHiddenTerm(HiddenTerm):
     """Token states, padded positions among them."""
 
+    padding = "counted"
+
     def forward(
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
     ) -> torch.Tensor:
