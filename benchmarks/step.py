@@ -8,6 +8,7 @@ round:
     eager          soft labels and the method's losses as plain PyTorch
     compile        the same losses, each by torch.compile
     kdfast         the same losses on kdfast's operators
+    ... cached     soft labels, and kdfast, with what they need of the teacher read from a cache
 
 All are DistillationTrainers on equal students; a step is the trainer's own training step (teacher,
 student, losses, backward), clipping, optimizer and schedule, of one batch that is there. Attention
@@ -28,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import io
 import multiprocessing
 import statistics
 import tempfile
@@ -46,8 +48,11 @@ from torch import Tensor
 from kdfast.benchmarks import harness
 from kdfast.errors import InputError
 
-BASELINES = ("fine-tuning", "soft labels")
-OURS = ("eager", "compile", "kdfast")
+CACHED = " cached"
+VARIANTS = (
+    *("fine-tuning", "soft labels", "eager", "compile", "kdfast"),
+    *(f"soft labels{CACHED}", f"kdfast{CACHED}"),
+)
 # With every layer mapped. The structures of fsd are on the penultimate layer, as in the paper.
 METHODS: dict[str, dict[str, Any]] = {
     "internal": {"recipe": "internal", "cosine_rows": "tokens"},
@@ -177,7 +182,7 @@ def recipe_of(variant: str, method: str, tokens: int) -> tuple[str, dict[str, An
     """Name and options of the recipe that a variant trains."""
     if variant == "fine-tuning":
         return "labels", {}
-    if variant == "soft labels":
+    if variant.startswith("soft labels"):
         return "soft_labels", {}
     if method != ALL:
         options = dict(METHODS[method])
@@ -209,11 +214,11 @@ class Stepper:
                 output_dir=self.folder.name, recipe=name, recipe_options=options, max_steps=1000,
                 per_device_train_batch_size=row.batch, learning_rate=1e-5, report_to="none",
                 bf16=row.dtype == "bfloat16" and not cuda, use_cpu=not cuda, disable_tqdm=True,
+                teacher_cache=self.folder.name if variant.endswith(CACHED) else None,
             ),
             train_dataset=Dataset.from_dict({k: v.tolist() for k, v in batch.items()}),
             data_collator=default_data_collator,
         )  # fmt: skip
-        self.batch = batch
         trainer = self.trainer
         if row.dtype == "bfloat16" and cuda:
             for model in (trainer.model, pair.teacher):
@@ -226,6 +231,11 @@ class Stepper:
             trainer.accelerator.prepare(trainer.model, trainer.optimizer, trainer.lr_scheduler)
         )
         trainer.current_gradient_accumulation_steps = 1
+        self.batch: Any = batch
+        if variant.endswith(CACHED):
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer._fill_cache()
+            self.batch = next(iter(trainer.get_train_dataloader()))
 
     def step(self) -> None:
         trainer = self.trainer
@@ -237,13 +247,20 @@ class Stepper:
         trainer.model.zero_grad()
 
     def loss(self) -> float:
-        """Of the batch as it stands, with the same dropout in every variant."""
+        """Of the batch as it stands, without dropout."""
         trainer = self.trainer
-        torch.manual_seed(0)
+        dropouts = [m for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)]
+        shares = [module.p for module in dropouts]
         trainer.model.train()
         inputs = trainer._prepare_inputs(dict(self.batch))
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            return float(trainer.compute_loss(trainer.model_wrapped, inputs))
+        try:
+            for module in dropouts:
+                module.p = 0.0
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                return float(trainer.compute_loss(trainer.model_wrapped, inputs))
+        finally:
+            for module, share in zip(dropouts, shares, strict=True):
+                module.p = share
 
     def close(self) -> None:
         self.trainer.close()
@@ -390,7 +407,7 @@ def measure(
     variants: dict[str, dict[str, Any]] = {}
     steppers: dict[str, Stepper] = {}
     wrong: list[str] = []
-    for name in (*BASELINES, *OURS):
+    for name in VARIANTS:
         if name in row.without:
             continue
         say(name)
@@ -404,17 +421,17 @@ def measure(
                 record["loss"] = stepper.loss()
                 for _ in range(2):  # the first also allocates what the optimizer keeps
                     stepper.step()
-                record["parts"] = profile(stepper.trainer, [dict(batch)] * 3)
+                record["parts"] = profile(stepper.trainer, [dict(stepper.batch)] * 3)
             steppers[name] = stepper
         except Exception as error:
             memory = harness._out_of_memory(error)
             record["skipped"] = "out of memory" if memory else harness.one_line(error)
-            if name == "kdfast":
+            if name.startswith("kdfast"):
                 wrong.append(f"{name}: {record['skipped']}")
             del error
         gc.collect()
     losses = {name: v["loss"] for name, v in variants.items() if v["loss"] is not None}
-    for name in ("compile", "kdfast"):
+    for name in ("compile", "kdfast", f"kdfast{CACHED}"):
         if {name, "eager"} <= losses.keys():
             off = abs(losses[name] / losses["eager"] - 1)
             if not off <= LOSS_TOLERANCE[row.dtype]:  # NaN is wrong too
@@ -553,24 +570,33 @@ def markdown(results: dict[str, Any]) -> str:
     from kdfast.benchmarks.report import _table
 
     header = [
-        "row", "soft labels", "kdfast", "of soft labels", "of eager", "of compile",
-        "losses", "memory", "of eager's",
+        "row", "soft labels, ms", "kdfast, ms", "of soft labels", "of eager", "of compile",
+        "losses", "memory of soft labels'", "of eager's",
     ]  # fmt: skip
     body = []
     for row in results["rows"]:
-        body.append(
-            [
-                row["name"],
-                _milliseconds(row, "soft labels"),
-                _milliseconds(row, "kdfast"),
-                *(_cost(row, "kdfast", x) for x in ("soft labels", "eager", "compile")),
-                f"{100 * share(row, 'kdfast', 'losses'):.1f} %",
-                _memory(row, "soft labels"),
-                _memory(row, "eager"),
-            ]
-        )
+        for cached in ("", CACHED):
+            own, base = f"kdfast{cached}", f"soft labels{cached}"
+            if not row["variants"].get(own, {}).get("seconds"):
+                continue
+            body.append(
+                [
+                    row["name"] + cached,
+                    *(_milliseconds(row, name) for name in (base, own)),
+                    *(_cost(row, own, name) for name in (base, "eager", "compile")),
+                    f"{100 * share(row, own, 'losses'):.1f} %",
+                    *(_memory(row, own, name) for name in (base, "eager")),
+                ]
+            )
     lines = [_table(header, body), ""]
-    lines += ["Parts of a step, ms:", "", _parts(results)]
+    lines += [
+        "Ratios of the time of a step, medians over rounds with the middle half's ends; attention "
+        'dropout is 0. "losses": their share of the step, forward and backward.',
+        "",
+        "Parts of a step, ms:",
+        "",
+        _parts(results),
+    ]
     return "\n".join(lines)
 
 
@@ -597,8 +623,8 @@ def _cost(row: dict[str, Any], variant: str, baseline: str) -> str:
     return f"{found[0]:.3f} ({found[1]:.3f}-{found[2]:.3f})"
 
 
-def _memory(row: dict[str, Any], baseline: str) -> str:
-    own, other = (row["variants"].get(v, {}).get("memory") for v in ("kdfast", baseline))
+def _memory(row: dict[str, Any], variant: str, baseline: str) -> str:
+    own, other = (row["variants"].get(v, {}).get("memory") for v in (variant, baseline))
     return f"{own / other:.2f}" if own and other else ""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kdfast.captured import Captured
+from kdfast.distill.teacher_cache import ROW
 from kdfast.distill.trainer import DistillationTrainer
 from kdfast.recipes.schedule import Moment
 
@@ -21,9 +22,9 @@ def profile(
 ) -> dict[str, list[float]]:
     """Seconds of each part of a training step, by part, one entry a batch.
 
-    teacher, student: their forward passes. losses: forward and backward, down to the tensors that
-    were captured from the student; backward: from there to the student's parameters. optimizer:
-    clipping, step and zeroing.
+    teacher: its forward pass, or what is read of its cache. student: its forward pass. losses:
+    forward and backward, down to the tensors that were captured from the student; backward: from
+    there to the student's parameters. optimizer: clipping, step and zeroing.
 
     The trainer must have its optimizer, as after train(). It takes real steps: the student changes.
     Raises RuntimeError where gradients go through a wrapper or a scaler that splits no backward
@@ -43,7 +44,9 @@ def profile(
         own, theirs = trainer.recipe.needs(at.stage)
         clock.start()
         with trainer.compute_loss_context_manager():
-            teacher = trainer._run_teacher(for_teacher, theirs) if theirs else None
+            teacher = None
+            if theirs:
+                teacher = trainer._teacher_of(for_teacher, theirs, inputs.get(ROW))
             seconds["teacher"].append(clock.lap())
             _, student = trainer._student_capture(for_student, forward=model, needs=own)
             seconds["student"].append(clock.lap())

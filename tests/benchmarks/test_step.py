@@ -35,6 +35,7 @@ def test_eager_and_kdfast_have_one_loss_and_soft_labels_another(results):
         assert row["wrong"] == [] and row["shape"] == {"B": 4, "N": 16}
         losses = {name: variant["loss"] for name, variant in row["variants"].items()}
         assert losses["kdfast"] == pytest.approx(losses["eager"], rel=1e-4)
+        assert losses["kdfast cached"] == pytest.approx(losses["kdfast"], rel=1e-4)
         assert losses["kdfast"] > 2 * losses["soft labels"]
         assert not any(variant["skipped"] for variant in row["variants"].values())
 
