@@ -78,6 +78,16 @@ ROWS = {
 }
 
 
+def memory(row: Row) -> tuple[float, float]:
+    """Bytes of inputs and float64, and of eager's maps."""
+    batch, heads, length, width = row.shape.values()
+    size, backward = harness.itemsize(row), row.over != "forward"
+    tensor, map_ = batch * heads * length * width, heads * length**2
+    at_once = min(map_, max(ENTRIES_AT_ONCE, length**2))
+    float64 = 8 * (2 * tensor * backward + 4 * tensor / width + (8 if backward else 6) * at_once)
+    return tensor * (4 * size + 4) + float64, (10 if backward else 5) * batch * map_ * size
+
+
 class Problem:
     """Queries and keys as projections give them, [B, N, H, d] in memory seen as [B, H, N, d]."""
 

@@ -53,6 +53,15 @@ ROWS = {
 }
 
 
+def memory(row: Row) -> tuple[float, float]:
+    """Bytes of inputs and float64, and of eager's maps."""
+    batch, heads, length = row.shape.values()
+    size, backward = harness.itemsize(row), row.over != "forward"
+    map_ = heads * length**2
+    float64 = 8 * map_ * (batch * backward + (8 if backward else 6))
+    return batch * map_ * (2 * size + 8) + float64, (6 if backward else 4) * batch * map_ * size
+
+
 class Problem:
     """Maps [B, H, N, N] of random scores."""
 

@@ -81,6 +81,18 @@ ROWS = {
 }
 
 
+def memory(row: Row) -> tuple[float, float]:
+    """Bytes of inputs and float64, and of eager's Gram matrices and centred features."""
+    problems, n, d = (row.shape[key] for key in "BNd")
+    many_s, many_t = (row.shape.get(key, row.shape.get("L", 1)) for key in "ST")
+    layers, pairs = many_s + many_t, many_s * many_t if "S" in row.shape else many_s
+    size, backward = harness.itemsize(row), row.over != "forward"
+    tensor, gram = n * d, n**2
+    float64 = 8 * layers * ((problems / 2 + 3) * tensor * backward + 3 * tensor + 3 * gram)
+    dense = 8 * pairs * problems * (2 * tensor + (4 if backward else 2) * gram)
+    return problems * tensor * (layers * size + 8) + float64, dense
+
+
 class Problem:
     """Features [B, N, d]: a signal that all layers share, as strong a one that each has for itself,
     noise, and a few dimensions far from zero."""

@@ -6,7 +6,8 @@ counts are ratios of times of the same round. Caches are flushed before every ru
 every variant is compared with float64; a kdfast output that errs more than twice as much as eager
 PyTorch in the same dtype, plus a floor, is wrong, and the run fails.
 
-An operator's file provides `ROWS` (by set: "cpu", "cuda", "quick") and `Problem`.
+An operator's file provides `ROWS` (by set: "cpu", "cuda", "quick"), `Problem`, and `memory`, an
+estimate by which a row that would not fit is skipped beforehand.
 
 The results, as JSON (`kdfast.benchmarks.report` needs nothing else):
 
@@ -22,8 +23,9 @@ The results, as JSON (`kdfast.benchmarks.report` needs nothing else):
                  flops: {dtype: per second of a large matrix product},
                  exponentials: per second, 16 a clock and multiprocessor | null on a CPU}
     rows        [{operator, name, shape: {B, H, N, ...}, dtype, pass, options,
-                  work: {bytes, flops, exponentials}: the least that the pass must do,
-                  bound: {seconds, by: "bytes" | "flops" | "exponentials"},
+                  skipped: why nothing was run, such as too little memory | null,
+                  work: {bytes, flops, exponentials}: the least that the pass must do | null,
+                  bound: {seconds, by: "bytes" | "flops" | "exponentials"} | null,
                   variants: {name: {seconds: [one a round],
                                     error: {loss and each gradient: |x - x64|max / |x64|max},
                                     memory: {beyond_inputs, beyond_inputs_and_gradients} | null,
@@ -193,9 +195,11 @@ class Clock:
 
 
 class OtherWork:
-    """What the CPUs do for other processes from now on; what a hypervisor withholds counts too."""
+    """What the CPUs do from now on for processes that are not ours; what a hypervisor withholds
+    counts too. Ours is this one, and those whose numbers are given."""
 
-    def __init__(self) -> None:
+    def __init__(self, ours: Sequence[int] = ()) -> None:
+        self.ours = ours
         self.before = self._seconds()
 
     def share(self) -> float | None:
@@ -205,15 +209,18 @@ class OtherWork:
         busy, own, wall = (b - a for a, b in zip(self.before, after, strict=True))
         return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
 
-    @staticmethod
-    def _seconds() -> tuple[float, float, float] | None:
+    def _seconds(self) -> tuple[float, float, float] | None:
         try:
+            # A process's name, which may hold spaces, stands in brackets; user and system follow.
+            stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in self.ours]
+            ticks = sum(float(x) for stat in stats for x in stat.split()[11:13])
             said = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
             user, nice, system, _, _, irq, softirq, steal = (float(x) for x in said)
         except (OSError, ValueError, IndexError):
             return None
-        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return busy, sum(os.times()[:4]), time.perf_counter()
+        hertz = os.sysconf("SC_CLK_TCK")
+        busy = (user + nice + system + irq + softirq + steal) / hertz
+        return busy, sum(os.times()[:4]) + ticks / hertz, time.perf_counter()
 
 
 def last_level_cache() -> int:
@@ -256,8 +263,17 @@ def measure(
     number."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    module = operator_module(row.operator)
-    problem: Problem = module.Problem(row, device)
+    needed, dense = memory_of(row)
+    if reason := too_large(needed, device):
+        empty: dict[str, Any] = {
+            "work": None,
+            "bound": None,
+            "variants": {},
+            "others": None,
+            "wrong": [],
+        }
+        return {**described(row), "skipped": reason, **empty}
+    problem: Problem = operator_module(row.operator).Problem(row, device)
     say("float64")
     exact = exact_outputs(problem, row)
 
@@ -270,6 +286,11 @@ def measure(
         say(name)
         record: dict[str, Any] = {"seconds": [], "error": None, "memory": None, "skipped": None}
         variants[name] = record
+        # A GPU that is full raises; a CPU's process is killed.
+        if device.type == "cpu" and name not in LEAN:
+            record["skipped"] = too_large(dense, device)
+            if record["skipped"]:
+                continue
         steps = runner(problem, row.over, function)
         try:
             record["error"] = errors(exact, once(*steps))
@@ -312,17 +333,25 @@ def measure(
         gc.enable()
     work = problem.work
     return {
+        **described(row),
+        "skipped": None,
+        "work": vars(work),
+        "bound": bound(work, row.dtype, ceilings),
+        "variants": variants,
+        "others": others and others.share(),
+        "wrong": wrong,
+    }
+
+
+def described(row: Row) -> dict[str, Any]:
+    """What a row of the results begins with."""
+    return {
         "operator": row.operator,
         "name": row.name,
         "shape": row.shape,
         "dtype": row.dtype,
         "pass": row.over,
         "options": row.options,
-        "work": vars(work),
-        "bound": bound(work, row.dtype, ceilings),
-        "variants": variants,
-        "others": others and others.share(),
-        "wrong": wrong,
     }
 
 
@@ -360,12 +389,67 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Without paths: results are published."""
     text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {re.sub(r'(?:/[^/ :]+){2,}/?', '...', text)}"[:200]
+    return f"{type(error).__name__}: {without_paths(text)}"[:200]
+
+
+def without_paths(text: str) -> str:
+    """Results are published."""
+    return re.sub(r"(?:/[^/ :]+){2,}/?", "...", text)
 
 
 # Memory
+
+
+# What stores no more than its inputs and outputs, about.
+LEAN = ("kdfast cpp", "kdfast triton", "kdfast cuda", "flash")
+
+
+def memory_of(row: Row) -> tuple[int, int]:
+    """About how many bytes a row takes: its inputs and what is right in float64, without which it
+    cannot be measured, and what a variant that stores everything, as eager does, takes beyond the
+    inputs."""
+    needed, dense = operator_module(row.operator).memory(row)
+    return int(needed), int(dense)
+
+
+def itemsize(row: Row) -> int:
+    dtype: torch.dtype = getattr(torch, row.dtype)
+    return dtype.itemsize
+
+
+def too_large(needed: int, device: torch.device) -> str | None:
+    """Why so many bytes cannot be had, or None where they can, or nobody knows."""
+    free = free_memory(device)
+    if free is None or needed <= free:
+        return None
+    return f"skipped: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had now; None where the system does not say."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        import psutil
+    except ModuleNotFoundError:  # `make gpu` asks for no more than PyTorch and pytest
+        return None
+    free: int = psutil.virtual_memory().available
+    # A container is killed at its own limit; files that it has read count as used, but give way.
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            files = [Path("/sys/fs/cgroup", name) for name in (limit, used)]
+            most, taken = (int(file.read_text()) for file in files)
+            said = files[0].with_name("memory.stat").read_text()
+        except (OSError, ValueError):  # there is none, or it is "max"
+            continue
+        cached = re.search(r"^(?:total_)?inactive_file (\d+)$", said, re.MULTILINE)
+        free = min(free, most - taken + (int(cached[1]) if cached else 0))
+    return max(free, 0)
 
 
 def peak_on_cuda(problem: Problem, row: Row, steps: tuple[Any, Any]) -> dict[str, int]:
@@ -515,6 +599,21 @@ def bound(work: Work, dtype: str, ceilings: dict[str, Any]) -> dict[str, Any]:
 # The run
 
 
+def rows_of(operators: Sequence[str], which: str, only: str) -> list[Row]:
+    """Those of a set whose name has `only` in it; InputError where there are none."""
+    rows = [
+        row
+        for operator in operators
+        for row in operator_module(operator).ROWS[which]
+        if only in f"{operator} {row.name}"
+    ]
+    if not rows:
+        raise InputError(
+            f"no row of the set {which!r} of {', '.join(operators)} has {only!r} in its name"
+        )
+    return rows
+
+
 def run(
     operators: Sequence[str],
     device: torch.device,
@@ -526,16 +625,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure the rows of a set (by default that of the device); `write` sees each state."""
     which = which or device.type
-    rows = [
-        row
-        for operator in operators
-        for row in operator_module(operator).ROWS[which]
-        if only in f"{operator} {row.name}"
-    ]
-    if not rows:
-        raise InputError(
-            f"no row of the set {which!r} of {', '.join(operators)} has {only!r} in its name"
-        )
+    rows = rows_of(operators, which, only)
     results: dict[str, Any] = {
         "schema": 1,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -72,6 +72,16 @@ ROWS = {
 }
 
 
+def memory(row: Row) -> tuple[float, float]:
+    """Bytes of inputs and float64, and of eager's stacked layers."""
+    many_s, many_t, tokens, d = (row.shape[key] for key in "STNd")
+    size, backward = harness.itemsize(row), row.over != "forward"
+    layer, layers = tokens * d, many_s + many_t
+    at_once = 4 * layers * min(layer, max(PART, d))
+    float64 = 8 * (many_s * layer * backward + at_once)
+    return layer * (layers * size + 12) + float64, 3 * layers * layer * size
+
+
 class Problem:
     """Layers [N, d]: a signal that all share, and as much noise; some layers are nearer than
     others, but none takes all weight."""

@@ -33,6 +33,7 @@ COLOURS = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The results of `kdfast bench --json`; InputError for a file that holds none."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -40,6 +41,37 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or results.get("schema") != 1 or "rows" not in results:
         raise InputError(f"{path}: should be the JSON of `kdfast bench --json`, schema 1")
     return results
+
+
+def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
+    """The results of several runs as one, whose setting is the first one's.
+
+    Raises: InputError for runs of different machines, devices or versions, whose times must not
+    stand side by side, and for a row that two of them have.
+    """
+    first, *others = runs = [read_json(path) for path in paths]
+    for path, run in zip(paths[1:], others, strict=True):
+        if any(run.get(key) != first.get(key) for key in ("kind", "suite")) or "kind" in run:
+            raise InputError(
+                f"--from: {paths[0]} and {path} cannot be shown together: one holds a comparison "
+                "of revisions, or they are of different suites"
+            )
+        for key in ("machine", "device", "versions"):
+            if run[key] != first[key]:
+                what = [f"{p} is of {_words(r[key])}" for p, r in ((paths[0], first), (path, run))]
+                raise InputError(f"{'; '.join(what)}: results of one {key} only are shown together")
+    rows = [row for run in runs for row in run["rows"]]
+    names = [f"{row.get('operator', '')} {row['name']}".strip() for row in rows]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--from: two files have the row {twice[0]}; give one of them")
+    complete = all(run["complete"] for run in runs)
+    return first | {"rows": rows, "complete": complete}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {x}" for key, x in value.items() if x is not None)
+    return str(value)
 
 
 def files_of(folder: Path, operators: Sequence[str]) -> list[Path]:
@@ -74,7 +106,7 @@ def _fastest(row: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any], images: dict[str, list[str]] | None = None) -> str:
-    lines = ["# Benchmarks", "", *_setting(results), ""]
+    lines = ["# Benchmarks", "", *setting(results), ""]
     if wrong := wrong_rows(results):
         lines += ["**Wrong outputs:**", "", *(f"- {text}" for text in wrong), ""]
     if not results["complete"]:
@@ -82,6 +114,8 @@ def markdown(results: dict[str, Any], images: dict[str, list[str]] | None = None
     for operator in dict.fromkeys(row["operator"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["operator"] == operator]
         lines += [f"## {operator}", "", _times(rows), ""]
+        skipped = [f"- {row['name']}: {row['skipped']}" for row in rows if row.get("skipped")]
+        lines += [*skipped, ""] if skipped else []
         lines += ["Errors against float64:", "", _errors(rows), ""]
         if memory := _memory(rows):
             lines += [
@@ -101,16 +135,19 @@ def markdown(results: dict[str, Any], images: dict[str, list[str]] | None = None
     return "\n".join(lines)
 
 
-def _setting(results: dict[str, Any]) -> list[str]:
-    machine, ceilings = results["machine"], results["ceilings"]
+def setting(results: dict[str, Any]) -> list[str]:
+    """Where, with what and when it was measured; where it is known, what that machine can do."""
+    machine, ceilings = results["machine"], results.get("ceilings")
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items() if v)
     cpu = f"{machine['cpu']}, {machine['threads']} threads, {machine['allocator']} allocator"
     device = machine["gpu"] or cpu
-    found = [f"copy {ceilings['bytes'] / 1e9:,.0f} GB/s"]
-    found += [f"{dtype} {x / 1e12:,.3g} TFLOP/s" for dtype, x in ceilings["flops"].items()]
-    if ceilings["exponentials"]:
-        found.append(f"{ceilings['exponentials'] / 1e12:,.3g} T exponentials/s")
-    lines = [f"{device}; {versions}; {results['time'][:10]}.", "", f"Ceilings: {', '.join(found)}."]
+    lines = [f"{device}; {versions}; {results['time'][:10]}."]
+    if ceilings:
+        found = [f"copy {ceilings['bytes'] / 1e9:,.0f} GB/s"]
+        found += [f"{dtype} {x / 1e12:,.3g} TFLOP/s" for dtype, x in ceilings["flops"].items()]
+        if ceilings["exponentials"]:
+            found.append(f"{ceilings['exponentials'] / 1e12:,.3g} T exponentials/s")
+        lines += ["", f"Ceilings: {', '.join(found)}."]
     others = max((row.get("others") or 0 for row in results["rows"]), default=0)
     if others > BUSY:
         share = f"{100 * others:.0f} %"
@@ -129,13 +166,17 @@ def _times(rows: Sequence[dict[str, Any]]) -> str:
                 [
                     row["name"],
                     name.removeprefix("kdfast "),
-                    f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}",
+                    milliseconds(seconds),
                     *(_ratio(row, name, baseline) for baseline in baselines),
                     f"{100 * row['bound']['seconds'] / seconds:.0f} %",
                     row["bound"]["by"],
                 ]
             )
     return _table(header, body)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
 def _ratio(row: dict[str, Any], name: str, baseline: str) -> str:

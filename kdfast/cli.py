@@ -14,7 +14,7 @@ from typing import Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 with one line on standard error for bad input; 1 where
-    `bench` or `doctor --check` found a wrong output."""
+    `bench` or `doctor --check` found a wrong output, or `bench --against` a slower one."""
     parser = argparse.ArgumentParser(
         prog="kdfast", description="Distil transformers from their internal representations."
     )
@@ -50,12 +50,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "bench", "measure operators side by side with eager, torch.compile and stock ones"
     )
     sub.add_argument("operator", nargs="*", help="operators to measure (default: all)")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    sub.add_argument("--device", metavar="cpu|cuda", help="default: cuda where there is one")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     sub.add_argument("--report", type=Path, metavar="DIR", help="write report.md and plots")
     sub.add_argument(
-        "--from", type=Path, metavar="FILE", dest="source",
-        help="measure nothing: show and report the results of an earlier --json",
+        "--from", type=Path, metavar="FILE", dest="source", action="append",
+        help="measure nothing: show and report the results of an earlier --json, or of several "
+        "(--from A --from B), all of one machine",
+    )  # fmt: skip
+    sub.add_argument(
+        "--against", metavar="REV",
+        help="compare this checkout, as it is now, with another revision of its git, in one "
+        "interleaved run; exits with 1 where it is slower",
+    )  # fmt: skip
+    sub.add_argument(
+        "--backend", metavar="NAME",
+        help="of --against: the backend to compare (default: the one that auto takes)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--tolerance", type=float, metavar="PERCENT",
+        help="of --against: a row may be so much slower (default: 3)",
     )  # fmt: skip
     sub.add_argument(
         "--only", metavar="TEXT", default="", help="rows, or entries, whose name holds TEXT"
@@ -232,6 +246,15 @@ def _bench(options: argparse.Namespace) -> int:
         raise InputError("--tune takes --json and --only, no operator, --from or --report")
     if options.source and options.json:
         raise InputError("--from measures nothing: --json has nothing to write, leave it out")
+    if options.against is not None:
+        for name in ("tune", "source", "report"):
+            if getattr(options, name):
+                flag = "from" if name == "source" else name
+                raise InputError(f"--against takes no --{flag}; it prints a table, and --json FILE")
+    else:
+        for name in ("backend", "tolerance"):
+            if getattr(options, name) is not None:
+                raise InputError(f"--{name} is of --against REV, which is not given")
     # Before measuring, which takes minutes.
     if options.json and options.json.is_dir():
         raise InputError(f"--json {options.json} is a folder, should be a file")
@@ -243,22 +266,10 @@ def _bench(options: argparse.Namespace) -> int:
             raise InputError(f"{file} exists; give another name, or --force to overwrite it")
 
     if options.source:
-        results = report.read_json(options.source)
+        results = report.read_runs(options.source)
         results["rows"] = [row for row in results["rows"] if row["operator"] in operators]
     else:
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise InputError(
-                "--device cuda: PyTorch sees no GPU here; --device cpu measures the CPU"
-            )
-        for name in ("threads", "seconds"):
-            value = getattr(options, name)
-            if value is not None and value <= 0:
-                raise InputError(f"--{name} is {value}, should be above 0")
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        if options.tune and device != "cuda":
-            raise InputError(f"--tune on {device}: launch tables are those of GPUs")
+        device = torch.device(_bench_device(options))
         for folder in filter(None, (options.json and options.json.parent, options.report)):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -269,16 +280,29 @@ def _bench(options: argparse.Namespace) -> int:
         if options.tune:
             from kdfast.benchmarks import tune
 
-            print(tune.text(tune.run(torch.device(device), only=options.only, write=write)))
+            print(tune.text(tune.run(device, only=options.only, write=write)))
             return 0
-        results = harness.run(
-            operators,
-            torch.device(device),
-            which="quick" if options.quick else None,
-            only=options.only,
-            seconds=options.seconds,
-            write=write,
-        )
+        given: dict[str, Any] = {
+            "which": "quick" if options.quick else None,
+            "only": options.only,
+            "seconds": options.seconds,
+            "write": write,
+        }
+        if options.against is None:
+            results = harness.run(operators, device, **given)
+        else:
+            from kdfast.benchmarks import against
+
+            if options.backend is not None:
+                given["backend"] = options.backend
+            if options.tolerance is not None:
+                given["tolerance"] = options.tolerance / 100
+            results = against.run(options.against, operators, device, **given)
+    if results.get("kind") == "against":
+        from kdfast.benchmarks import against
+
+        print(against.text(results))
+        return against.status(results)
     if options.report:
         report.write_report(options.report, results)
     print(report.markdown(results))
@@ -286,6 +310,33 @@ def _bench(options: argparse.Namespace) -> int:
     for row in wrong:
         print(f"kdfast: wrong: {row}", file=sys.stderr)
     return int(bool(wrong))
+
+
+def _bench_device(options: argparse.Namespace) -> str:
+    """The device to measure, after what measuring needs is checked; sets the threads."""
+    import torch
+
+    from kdfast.errors import InputError, nearest
+
+    known = ("cpu", "cuda")
+    device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in known:
+        raise InputError(
+            f"--device {device}: unknown{nearest(device, known)}; known are {', '.join(known)}"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no GPU here; --device cpu measures the CPU")
+    for name in ("threads", "seconds"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise InputError(f"--{name} is {value}, should be above 0")
+    if options.tolerance is not None and not options.tolerance >= 0:
+        raise InputError(f"--tolerance is {options.tolerance}, should be 0 or more, in percent")
+    if options.tune and device != "cuda":
+        raise InputError(f"--tune on {device}: launch tables are those of GPUs")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return device
 
 
 if __name__ == "__main__":
