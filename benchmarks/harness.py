@@ -68,6 +68,9 @@ from kdfast.errors import BackendError, InputError
 from kdfast.ops import dispatch, library
 
 OPERATORS = ("attention_kl", "attention_map_kl", "cka", "layer_projection")
+# Beside the operators, by the name that `kdfast bench` knows: a module with `run`, `markdown`,
+# `plot` and FILES, what a report of it writes.
+SUITES = {"step": "step", "scale": "scaling"}
 PASSES = ("forward", "forward+backward", "backward")
 
 # An error below this is the rounding of the result itself: by dtype, of the loss and of a gradient.

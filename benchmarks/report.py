@@ -92,6 +92,17 @@ def write_report(folder: Path, results: dict[str, Any]) -> None:
     os.replace(partial, folder / "report.md")
 
 
+def write_suite(folder: Path, module: Any, results: dict[str, Any]) -> None:
+    """Write what a suite's FILES name: its plots, where matplotlib is, then its table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = module.plot(folder, results) if importlib.util.find_spec("matplotlib") else []
+    text = [f"# {module.TITLE}", "", *setting(results), "", module.markdown(results), ""]
+    text += [f"![{file.stem}]({file.name})" for file in made]
+    partial = folder / f"{module.FILES[0]}.partial"
+    partial.write_text("\n".join(text) + "\n", encoding="utf-8")
+    os.replace(partial, folder / module.FILES[0])
+
+
 def ours(row: dict[str, Any]) -> list[str]:
     """The kdfast variants that were timed: kernels, or the reference where there is none."""
     timed = [n for n, v in row["variants"].items() if n.startswith("kdfast") and v["seconds"]]

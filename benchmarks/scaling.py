@@ -45,6 +45,8 @@ from kdfast.benchmarks.step import losses_of
 from kdfast.errors import InputError
 
 VARIANTS = ("kdfast", "eager")
+TITLE = "How losses grow"
+FILES = ("scale.md", "scale_seconds.png", "scale_memory.png")
 
 
 @dataclass(frozen=True)

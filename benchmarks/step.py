@@ -31,6 +31,7 @@ import functools
 import gc
 import io
 import multiprocessing
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,8 @@ from torch import Tensor
 from kdfast.benchmarks import harness
 from kdfast.errors import InputError
 
+TITLE = "Whole training steps"
+FILES = ("step.md", "step_parts.png")
 CACHED = " cached"
 VARIANTS = (
     *("fine-tuning", "soft labels", "eager", "compile", "kdfast"),
@@ -639,3 +642,37 @@ def _parts(results: dict[str, Any]) -> str:
                 times = [statistics.median(variant["parts"][part]) for part in PARTS]
                 body.append([row["name"], name, *(f"{1e3 * t:.1f}" for t in times)])
     return _table(["row", "variant", *PARTS], body)
+
+
+def plot(folder: Path, results: dict[str, Any]) -> list[Path]:
+    """step_parts.png: the parts of a step of each variant, as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed, and none may be there
+    import matplotlib.pyplot as plt
+
+    from kdfast.distill.profile import PARTS
+
+    rows = [row for row in results["rows"] if any(v["parts"] for v in row["variants"].values())]
+    if not rows:
+        return []
+    figure, axes = plt.subplots(
+        len(rows), 1, figsize=(7.5, 0.6 + 1.9 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for axis, row in zip(axes[:, 0], rows, strict=True):
+        named = {name: v["parts"] for name, v in row["variants"].items() if v["parts"]}
+        left = [0.0] * len(named)
+        for k, part in enumerate(PARTS):
+            times = [1e3 * statistics.median(parts[part]) for parts in named.values()]
+            axis.barh(list(named), times, left=left, color=f"C{k}", label=part)
+            left = [a + b for a, b in zip(left, times, strict=True)]
+        axis.invert_yaxis()
+        axis.set_title(row["name"], fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel("ms", fontsize=8)
+    axes[0, 0].legend(fontsize=7, ncols=len(PARTS), loc="lower right")
+    partial = folder / "step_parts.png.partial"
+    figure.savefig(partial, dpi=130, format="png")
+    plt.close(figure)
+    os.replace(partial, folder / "step_parts.png")
+    return [folder / "step_parts.png"]

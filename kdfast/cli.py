@@ -49,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub = command(
         "bench", "measure operators side by side with eager, torch.compile and stock ones"
     )
-    sub.add_argument("operator", nargs="*", help="operators to measure (default: all)")
+    sub.add_argument(
+        "operator", nargs="*",
+        help="operators to measure (default: all), or one suite: step (whole training steps), "
+        "scale (how losses grow)",
+    )  # fmt: skip
     sub.add_argument("--device", metavar="cpu|cuda", help="default: cuda where there is one")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     sub.add_argument("--report", type=Path, metavar="DIR", help="write report.md and plots")
@@ -235,12 +239,17 @@ def _bench(options: argparse.Namespace) -> int:
         ) from error
 
     for name in options.operator:
-        if name not in harness.OPERATORS:
-            known = ", ".join(harness.OPERATORS)
+        if name not in (known := (*harness.OPERATORS, *harness.SUITES)):
             raise InputError(
-                f"operator {name!r} has no benchmark{nearest(name, harness.OPERATORS)}; those that "
-                f"have: {known}"
+                f"operator or suite {name!r} has no benchmark{nearest(name, known)}; those that "
+                f"have: {', '.join(known)}"
             )
+    if suites := [name for name in options.operator if name in harness.SUITES]:
+        if len(options.operator) > 1 or options.tune or options.against is not None:
+            raise InputError(
+                f"{suites[0]} is a suite of its own: give no other operator, --tune or --against"
+            )
+        return _bench_suite(options, suites[0])
     operators = options.operator or list(harness.OPERATORS)
     if options.tune and (options.source or options.report or options.operator):
         raise InputError("--tune takes --json and --only, no operator, --from or --report")
@@ -255,39 +264,22 @@ def _bench(options: argparse.Namespace) -> int:
         for name in ("backend", "tolerance"):
             if getattr(options, name) is not None:
                 raise InputError(f"--{name} is of --against REV, which is not given")
-    # Before measuring, which takes minutes.
-    if options.json and options.json.is_dir():
-        raise InputError(f"--json {options.json} is a folder, should be a file")
-    for file in [
-        *([options.json] if options.json else []),
-        *(report.files_of(options.report, operators) if options.report else []),
-    ]:
-        if file.exists() and not options.force:
-            raise InputError(f"{file} exists; give another name, or --force to overwrite it")
+    _bench_files(options, report.files_of(options.report, operators) if options.report else [])
 
     if options.source:
         results = report.read_runs(options.source)
+        if suite := results.get("suite"):
+            raise InputError(f"--from holds results of the suite {suite}: kdfast bench {suite}")
         results["rows"] = [row for row in results["rows"] if row["operator"] in operators]
     else:
         device = torch.device(_bench_device(options))
-        for folder in filter(None, (options.json and options.json.parent, options.report)):
-            folder.mkdir(parents=True, exist_ok=True)
-
-        def write(state: dict[str, Any]) -> None:
-            if options.json:
-                harness.write_json(options.json, state)
-
         if options.tune:
             from kdfast.benchmarks import tune
 
+            write = _bench_given(options)["write"]
             print(tune.text(tune.run(device, only=options.only, write=write)))
             return 0
-        given: dict[str, Any] = {
-            "which": "quick" if options.quick else None,
-            "only": options.only,
-            "seconds": options.seconds,
-            "write": write,
-        }
+        given = _bench_given(options)
         if options.against is None:
             results = harness.run(operators, device, **given)
         else:
@@ -310,6 +302,62 @@ def _bench(options: argparse.Namespace) -> int:
     for row in wrong:
         print(f"kdfast: wrong: {row}", file=sys.stderr)
     return int(bool(wrong))
+
+
+def _bench_suite(options: argparse.Namespace, name: str) -> int:
+    import importlib
+
+    import torch
+
+    from kdfast.benchmarks import harness, report
+    from kdfast.errors import InputError
+
+    module = importlib.import_module(f"kdfast.benchmarks.{harness.SUITES[name]}")
+    if options.source and options.json:
+        raise InputError("--from measures nothing: --json has nothing to write, leave it out")
+    _bench_files(options, [options.report / x for x in module.FILES] if options.report else [])
+    if options.source:
+        results = report.read_runs(options.source)
+        if results.get("suite") != name:
+            raise InputError(f"--from holds no results of the suite {name}")
+    else:
+        results = module.run(torch.device(_bench_device(options)), **_bench_given(options))
+    if options.report:
+        report.write_suite(options.report, module, results)
+    print(module.markdown(results))
+    wrong = [f"{row['name']}: {text}" for row in results["rows"] for text in row.get("wrong", ())]
+    for text in wrong:
+        print(f"kdfast: wrong: {text}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+def _bench_files(options: argparse.Namespace, reported: Sequence[Path]) -> None:
+    """Before measuring, which takes minutes: InputError for files that are there."""
+    from kdfast.errors import InputError
+
+    if options.json and options.json.is_dir():
+        raise InputError(f"--json {options.json} is a folder, should be a file")
+    for file in [*([options.json] if options.json else []), *reported]:
+        if file.exists() and not options.force:
+            raise InputError(f"{file} exists; give another name, or --force to overwrite it")
+    for folder in filter(None, (options.json and options.json.parent, options.report)):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _bench_given(options: argparse.Namespace) -> dict[str, Any]:
+    """What all that measures is given."""
+    from kdfast.benchmarks import harness
+
+    def write(state: dict[str, Any]) -> None:
+        if options.json:
+            harness.write_json(options.json, state)
+
+    return {
+        "which": "quick" if options.quick else None,
+        "only": options.only,
+        "seconds": options.seconds,
+        "write": write,
+    }
 
 
 def _bench_device(options: argparse.Namespace) -> str:

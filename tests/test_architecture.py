@@ -21,7 +21,7 @@ for room, below in (
     ("students", set()),
     ("recipes", {"losses", "students"}),
     ("distill", {"recipes"}),
-    ("benchmarks", {"ops"}),
+    ("benchmarks", {"distill"}),
     ("doctor", {"ops"}),
     ("cli", {"distill", "benchmarks", "doctor"}),
 ):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kdfast.benchmarks import harness, step
+from kdfast.cli import main
 from kdfast.errors import InputError
 from kdfast.losses import attention, memory, projection, structure
 
@@ -78,3 +79,24 @@ def test_the_losses_are_kdfasts_again_afterwards(variant):
         assert all(getattr(m, n) is not f for (m, n), f in zip(PLACES, own, strict=True))
         raise KeyError
     assert all(getattr(m, n) is f for (m, n), f in zip(PLACES, own, strict=True))
+
+
+def test_the_command_reports_what_was_measured_and_refuses_what_is_something_else(
+    results, tmp_path, capsys
+):
+    file, folder = tmp_path / "step.json", tmp_path / "report"
+    file.write_text(json.dumps(results))
+    assert main(["bench", "step", "--from", str(file), "--report", str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == set(step.FILES)
+    assert "of soft labels" in (folder / "step.md").read_text()
+    for arguments, message in (
+        (["step", "--from", str(file), "--report", str(folder)], "exists; give another name"),
+        (["--from", str(file)], "of the suite step"),
+        (["scale", "--from", str(file)], "no results of the suite scale"),
+        (["step", "cka"], "a suite of its own"),
+        (["step", "--against", "HEAD"], "a suite of its own"),
+        (["stpe"], "did you mean 'step'"),
+    ):
+        capsys.readouterr()
+        assert main(["bench", *arguments]) == 2
+        assert message in capsys.readouterr().err
