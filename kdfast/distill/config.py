@@ -39,6 +39,7 @@ DataConfig = dataclass(data.DataConfig, config=STRICT)
 class TrainingConfig:
     """How a model is trained. Either steps or epochs.
 
+    group_by_length: batches of texts of about one length, so that little padding is computed.
     arguments: any other field of transformers.TrainingArguments.
     """
 
@@ -50,6 +51,7 @@ class TrainingConfig:
     warmup: float = Field(default=0.1, ge=0, lt=1)
     weight_decay: float = Field(default=0.01, ge=0)
     bf16: bool = False
+    group_by_length: bool = False
     save_every: int = Field(default=100, ge=1)
     log_every: int = Field(default=10, ge=1)
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)

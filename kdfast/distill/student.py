@@ -393,6 +393,7 @@ def arguments(
         "save_total_limit": 2,
         "logging_steps": training.log_every,
         "report_to": "tensorboard",
+        **(_grouped() if training.group_by_length else {}),
         **training.arguments,
     }
     try:
@@ -408,6 +409,13 @@ def arguments(
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"training: {error}") from error
+
+
+def _grouped() -> dict[str, Any]:
+    """The Trainer's argument for batches of like lengths, whose name has changed."""
+    if "train_sampling_strategy" in DistillationArguments.__dataclass_fields__:
+        return {"train_sampling_strategy": "group_by_length"}
+    return {"group_by_length": True}
 
 
 def train(trainer: DistillationTrainer, what: str) -> None:

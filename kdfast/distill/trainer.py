@@ -87,6 +87,10 @@ class DistillationArguments(TrainingArguments):
     teacher_cache: str | None = field(
         default=None, metadata={"help": "where the teacher's internals are kept and reused"}
     )
+    # The Trainer's own default looks at the loss of every step, and waits for the device to do so.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "leave losses that are not finite out of the log"}
+    )
 
 
 class DistillationTrainer(Trainer):
@@ -242,10 +246,18 @@ class DistillationTrainer(Trainer):
             of_teacher = of_teacher | part.needs_of_teacher()
         self._student_capture = Capture(model, of_student)
         self._teacher_capture: Capture | None = None
+        self._compiled_teacher: Any = None
         if recipe.needs_teacher():
             assert teacher is not None
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
             self._teacher_capture = Capture(teacher, of_teacher)
+            if self.args.torch_compile:
+                # After the capture's hooks, which a graph made before would not have.
+                self._compiled_teacher = torch.compile(
+                    teacher,
+                    backend=self.args.torch_compile_backend or "inductor",
+                    mode=self.args.torch_compile_mode,
+                )
         captures = {"student": self._student_capture, "teacher": self._teacher_capture}
         announcement += [
             f"  {role} attention runs as SDPA, not {capture.replaced}, while distilling"
@@ -294,8 +306,9 @@ class DistillationTrainer(Trainer):
             student_inputs,
             forward=model,
             needs=own,
-            # DDP wants the whole of what it wraps to run; so does a caller who asks for outputs.
-            whole=return_outputs or self.args.world_size > 1,
+            # DDP wants the whole of what it wraps to run, and a compiled graph ends where it was
+            # traced to; so does a caller who asks for outputs.
+            whole=return_outputs or self.args.world_size > 1 or self.args.torch_compile,
         )
         losses = self._weigh(self.recipe(student, teacher, labels, at), inputs)
         if self._clock is not None:
@@ -383,7 +396,10 @@ class DistillationTrainer(Trainer):
         mixed = self.teacher.dtype == torch.float32
         with self.accelerator.autocast() if mixed else contextlib.nullcontext():
             _, captured = self._teacher_capture(
-                {k: v for k, v in inputs.items() if k in known}, needs=needs
+                {k: v for k, v in inputs.items() if k in known},
+                forward=self._compiled_teacher,
+                needs=needs,
+                whole=self._compiled_teacher is not None,
             )
         return captured
 

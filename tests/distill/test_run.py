@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdfast.cli import main
-from kdfast.distill.data import DataConfig, load_data
+from kdfast.distill.data import DataConfig, DistillationCollator, load_data
 
 
 @pytest.fixture
@@ -141,6 +141,28 @@ def test_the_same_run_twice_gives_the_same_figures(settings, run):
     assert {k: v for k, v in first.items() if k not in timing} == {
         k: v for k, v in second.items() if k not in timing
     }
+
+
+def test_batches_of_like_lengths_are_padded_less(settings, run, monkeypatch):
+    config, run_dir = settings
+    padded = []
+
+    class Counting(DistillationCollator):
+        def __call__(self, rows):
+            batch = super().__call__(rows)
+            if len(rows) == 8:  # those of the training
+                padded.append(int((batch["attention_mask"] == 0).sum()))
+            return batch
+
+    monkeypatch.setattr("kdfast.distill.student.DistillationCollator", Counting)
+    sums = []
+    for grouped in ("true", "false"):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        padded.clear()
+        changes = ("baselines=[]", "recipe=labels", "seeds=[1]", "training.steps=12")
+        assert run("distill", config, *changes, f"training.group_by_length={grouped}")[0] == 0
+        sums.append(sum(padded))
+    assert sums[0] < 0.5 * sums[1], sums
 
 
 def test_own_teacher_and_a_student_cut_from_it(settings, run, tiny_bert):
