@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import statistics
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -17,8 +19,21 @@ from kdfast.recipes.schedule import Moment
 PARTS = ("teacher", "student", "losses", "backward", "optimizer")
 
 
+def step_parts(trainer: DistillationTrainer, batches: int = 6) -> dict[str, float]:
+    """Median seconds of each part of a step, on the first batches of the training data; of several
+    stages the mean, by their steps. Raises as profile does."""
+    with torch.random.fork_rng():  # of which a loader draws a seed
+        taken = list(itertools.islice(trainer.get_train_dataloader(), batches))
+    steps = trainer._clock.steps if trainer._clock else [1]
+    found = dict.fromkeys(PARTS, 0.0)
+    for stage, length in enumerate(steps):
+        for part, seconds in profile(trainer, taken, stage).items():
+            found[part] += statistics.median(seconds) * length / sum(steps)
+    return found
+
+
 def profile(
-    trainer: DistillationTrainer, batches: Iterable[dict[str, Any]]
+    trainer: DistillationTrainer, batches: Iterable[dict[str, Any]], stage: int | None = None
 ) -> dict[str, list[float]]:
     """Seconds of each part of a training step, by part, one entry a batch.
 
@@ -26,12 +41,26 @@ def profile(
     forward and backward, down to the tensors that were captured from the student; backward: from
     there to the student's parameters. optimizer: clipping, step and zeroing.
 
-    The trainer must have its optimizer, as after train(). It takes real steps: the student changes.
-    Raises RuntimeError where gradients go through a wrapper or a scaler that splits no backward
-    (several processes, float16).
+    The trainer must have its optimizer, as after train(). Its steps are real ones, of `stage`
+    (None: the present one); afterwards the student, the recipe's learned parts and the random state
+    are what they were. Raises RuntimeError where gradients go through a wrapper or a scaler that
+    splits no backward (several processes, float16).
     """
     if trainer.args.world_size > 1 or trainer.args.fp16:
         raise RuntimeError("a profile is taken of one process, in float32 or bfloat16")
+    models = trainer.model, trainer.recipe
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]  # type: ignore[union-attr]
+    try:
+        with torch.random.fork_rng():
+            return _profile(trainer, batches, stage)
+    finally:
+        for model, state in zip(models, before, strict=True):
+            model.load_state_dict(state)  # type: ignore[union-attr]
+
+
+def _profile(
+    trainer: DistillationTrainer, batches: Iterable[dict[str, Any]], stage: int | None
+) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}
     clock = _Clock(trainer.args.device)
     model: Any = trainer.model_wrapped
@@ -41,6 +70,7 @@ def profile(
         for_student, for_teacher = trainer._split(inputs, training=True)
         labels = for_student.pop("labels", None)
         at = trainer._clock.moment(trainer.state.global_step) if trainer._clock else Moment()
+        at = at if stage is None else dataclasses.replace(at, stage=stage)
         own, theirs = trainer.recipe.needs(at.stage)
         clock.start()
         with trainer.compute_loss_context_manager():

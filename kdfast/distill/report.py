@@ -113,6 +113,8 @@ def markdown(results: dict[str, Any]) -> str:
         else "One seed: no spread over seeds is known."
     )
     lines.append(about_cka(results))
+    if parts := parts_table(results):
+        lines += ["", "Parts of a step, % of its time (first seed):", "", parts]
     comparison = results.get("comparison")
     if comparison:
         reference = comparison["reference"].replace("_", " ")
@@ -120,6 +122,21 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append(differences_table(results, columns_of(results)))
         lines += ["", about_differences(seeds > 1, columns_of(results))]
     return "\n".join(lines)
+
+
+def parts_table(results: dict[str, Any]) -> str:
+    """Where the time of a step goes, a row a way; empty where nobody looked."""
+    found = {
+        way: record["parts"]
+        for way, records in ways_of(results).items()
+        for record in records
+        if record.get("parts")
+    }
+    rows = [
+        [way.replace("_", " "), *(f"{100 * s / sum(parts.values()):.1f}" for s in parts.values())]
+        for way, parts in found.items()
+    ]
+    return table(["", *next(iter(found.values()))], rows) if rows else ""
 
 
 def about_cka(results: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ from kdfast.distill.models import (
     load_tokenizer,
     parameter_count,
 )
+from kdfast.distill.profile import step_parts
 from kdfast.distill.provenance import code_version
 from kdfast.distill.run_directory import read, save_predictions, say, write_text
 from kdfast.distill.scoring import Scoring
@@ -266,6 +267,7 @@ def one_student(
         **setup.more_scores(student),
         "cka_to_teacher": float(torch.stack([aligned[i, j] for i, j in pairs]).mean()),
         "milliseconds_per_step": timer.median(),
+        "parts": timer.parts,
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - began, 1),
         "parameters": parameter_count(student),
@@ -289,7 +291,7 @@ def one_student(
     if not keep:
         for path in folder.parent.glob(f"assistant-*/{folder.name}"):
             shutil.rmtree(path)
-    measured = ("log", "cka_before", "cka_after", "milliseconds_per_step", "seconds")
+    measured = ("milliseconds_per_step", "seconds")
     shown = {k: v for k, v in record.items() if isinstance(v, float) and k not in measured}
     say(f"  {line(shown)}")
     return record
@@ -342,6 +344,8 @@ def trained(
         trainer.remove_callback(Announcement)
     job.announced.add(way.label)
     train(trainer, way.label)
+    if seed in way.seeds[:1] and trainer.optimizer is not None:
+        timer.parts = step_parts(trainer)
     trainer.close()
     return trainer, timer
 
@@ -457,10 +461,14 @@ class _Progress(ProgressCallback):
 
 
 class _StepTimer(TrainerCallback):
-    """Median wall time of an optimizer step: teacher, student, losses, backward, update."""
+    """Median wall time of an optimizer step: teacher, student, losses, backward, update.
+
+    parts: what these take, see kdfast.distill.profile; None where nobody looked.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.parts: dict[str, float] | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = time.perf_counter()

@@ -82,6 +82,7 @@ def test_distill_writes_table_plots_json_and_students(settings, run):
         for key in ("accuracy", "agreement", "kl_to_teacher", "cka_to_teacher"):
             assert isinstance(record[key], float)
         assert record["milliseconds_per_step"] > 0
+        assert (record["parts"] is not None) is (record["seed"] == 1)
     assert results["comparison"]["reference"] == "soft_labels"
     for name in ("scores", "losses", "cka"):
         assert (run_dir / "plots" / f"{name}.png").stat().st_size > 5000
@@ -137,7 +138,7 @@ def test_the_same_run_twice_gives_the_same_figures(settings, run):
         json.loads((run_dir.with_name(f"run-{n}") / "results.json").read_text())["students"][0]
         for n in ("a", "b")
     )
-    timing = {"milliseconds_per_step", "seconds"}
+    timing = {"milliseconds_per_step", "seconds", "parts"}
     assert {k: v for k, v in first.items() if k not in timing} == {
         k: v for k, v in second.items() if k not in timing
     }
