@@ -18,7 +18,7 @@ run := $(PYTHON) -m #
 endif
 now := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help distill test test-all bench gpu gpu-build gpu-test gpu-sanitize lint clean
+.PHONY: help distill test test-all bench report gpu gpu-build gpu-test gpu-sanitize lint clean
 .NOTPARALLEL:  # two pips in one environment break each other
 
 help:  ## this list
@@ -33,6 +33,9 @@ test: $(test)  ## the tests, without the exhaustive matrix and the GPU tests
 
 test-all: $(test)  ## every test; those that need a GPU run where there is one
 	$(run)pytest -m "" $(ARGS)
+
+report: $(runtime)  ## the results in benchmarks/README.md, from the committed JSON
+	$(python) -m kdfast.benchmarks.summary benchmarks
 
 bench: $(runtime)  ## the benchmarks' CPU set, about fifteen minutes: JSON, tables and plots in runs/bench
 	$(run)kdfast bench --device cpu --json runs/bench/cpu-$(now)/results.json \

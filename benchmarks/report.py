@@ -124,7 +124,7 @@ def markdown(results: dict[str, Any], images: dict[str, list[str]] | None = None
         lines += ["The run was not finished: rows are missing.", ""]
     for operator in dict.fromkeys(row["operator"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["operator"] == operator]
-        lines += [f"## {operator}", "", _times(rows), ""]
+        lines += [f"## {operator}", "", times(rows), ""]
         skipped = [f"- {row['name']}: {row['skipped']}" for row in rows if row.get("skipped")]
         lines += [*skipped, ""] if skipped else []
         lines += ["Errors against float64:", "", _errors(rows), ""]
@@ -166,7 +166,8 @@ def setting(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _times(rows: Sequence[dict[str, Any]]) -> str:
+def times(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each row and backend of kdfast: against every baseline and the bound."""
     baselines = [b for b in BASELINES if any(b in row["variants"] for row in rows)]
     header = ["row", "kdfast", "ms", *(f"vs {b}" for b in baselines), "of bound", "bound by"]
     body = []

@@ -1,0 +1,139 @@
+"""The results in benchmarks/README.md, made from the committed JSON alone: `make report`.
+
+Each folder of results/ is a machine: results.json of the operators, step.json and scale.json of the
+suites, each with the plots that `kdfast bench --report` drew beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kdfast.benchmarks import report, scaling, step
+
+BEGIN = "<!-- results: made by `make report`, not by hand -->"
+END = "<!-- end of results -->"
+# By file: the command that measured it, and its text.
+PARTS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "results.json": ("Operators", "kdfast bench", lambda found: operators(found)),
+    "step.json": ("Whole steps", "kdfast bench step", step.markdown),
+    "scale.json": ("Growth", "kdfast bench scale", scaling.markdown),
+}
+# BERT-base to 6 layers: parameters of the student; features that a GPU hands out for a loss that
+# couples the samples of the batch, at 256 samples of 128 tokens in half precision.
+STUDENT = 66_955_010
+FEATURES = 256 * 128 * 768 * 2
+
+
+def text(results: Path) -> str:
+    """All that lies between BEGIN and END."""
+    lines = ["## Results", ""]
+    lines += [
+        "Everything here is made from the JSON under `results/` by `make report`; each table names "
+        "its command, machine and versions. Ratios are medians over rounds of one run; absolute "
+        "times of such machines vary from day to day.",
+        "",
+    ]
+    folders = sorted(path for path in results.iterdir() if path.is_dir())
+    for folder in folders:
+        files = {name: folder / name for name in PARTS if (folder / name).is_file()}
+        if not files:
+            continue
+        lines += [f"### {folder.name}", ""]
+        for name, file in files.items():
+            title, command, made = PARTS[name]
+            found = json.loads(file.read_text(encoding="utf-8"))
+            lines += [f"#### {title}: `{command} --device {found['device']}`", ""]
+            lines += [*report.setting(found), ""]
+            if not found["complete"]:
+                lines += ["The run was not finished: rows are missing.", ""]
+            lines += [made(found), ""]
+            plots = _plots(folder, name)
+            lines += [f"![{p.stem}]({p.relative_to(results.parent)})" for p in plots] + [""] * bool(
+                plots
+            )
+    if not any(_device(folder) == "cuda" for folder in folders):
+        lines += ["### GPUs", "", "No GPU has run the suite yet: there is no figure to show.", ""]
+    return "\n".join([*lines, *_eight_gpus()])
+
+
+def operators(results: dict[str, Any]) -> str:
+    """Of each row the fastest backend of kdfast, against every baseline."""
+    names = dict.fromkeys(row["operator"] for row in results["rows"])
+    parts = []
+    for name in names:
+        rows = [
+            row for row in results["rows"] if row["operator"] == name and not row.get("skipped")
+        ]
+        parts += [f"`{name}`", "", report.times(rows), ""]
+    return "\n".join(parts[:-1])
+
+
+def _plots(folder: Path, name: str) -> list[Path]:
+    if name == "results.json":
+        return sorted(folder.glob("*_ratios.png"))
+    return [folder / x for x in {"step.json": step, "scale.json": scaling}[name].FILES[1:]
+            if (folder / x).is_file()]  # fmt: skip
+
+
+def _device(folder: Path) -> str | None:
+    file = folder / "results.json"
+    return json.loads(file.read_text(encoding="utf-8"))["device"] if file.is_file() else None
+
+
+def _eight_gpus() -> list[str]:
+    """On paper: what several GPUs add to the step of one."""
+    body = []
+    for gpus, bandwidth, name in (
+        (8, 450e9, "NVLink, 450 GB/s each way"),
+        (8, 50e9, "a network, 50 GB/s"),
+    ):
+        cluster = scaling.Cluster(gpus=gpus, bandwidth=bandwidth)
+        apart = scaling.step_on(cluster, 0.0, STUDENT)
+        coupled = scaling.step_on(cluster, 0.0, STUDENT, FEATURES)
+        body.append([f"{gpus}, {name}", "", f"{1e3 * apart:.2f}", f"{1e3 * coupled:.2f}"])
+    table = report._table(
+        ["GPUs", "", "losses of each sample, ms", "losses that couple samples, ms"], body
+    )
+    return [
+        "### Eight GPUs, on paper",
+        "",
+        "What a step of each GPU's own batch takes longer on eight of them: BERT-base to 6 layers "
+        f"({STUDENT / 1e6:.0f} M trained parameters, gradients of 4 bytes), 256 samples of 128 "
+        "tokens a GPU. Assumed: gradients go round a ring and each is sent twice; four fifths of "
+        "that hide behind the backward pass; a collective takes 20 µs besides; a loss that couples "
+        "the samples of the batch (local structure, CKA over samples) hands each GPU's penultimate "
+        "states, 50 MB in half precision, to all others and takes their gradients back, and waits "
+        "for both; the teacher is not exchanged. Nothing of this was measured.",
+        "",
+        table,
+        "",
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """Write the results into README.md of the benchmarks' folder; with --check only compare."""
+    root = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
+    root = root or Path(__file__).resolve().parent
+    readme = root / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    if not rest or not after:
+        print(f"{readme} should hold the lines {BEGIN} and {END}", file=sys.stderr)
+        return 2
+    found = f"{before}{BEGIN}\n\n{text(root / 'results')}\n{END}{after}"
+    if "--check" in arguments:
+        return int(found != readme.read_text(encoding="utf-8"))
+    partial = readme.with_name("README.md.partial")
+    partial.write_text(found, encoding="utf-8")
+    os.replace(partial, readme)
+    print(f"written: {readme}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,37 @@
+"""The results in benchmarks/README.md are those of the committed JSON."""
+
+import json
+import shutil
+from pathlib import Path
+
+from kdfast.benchmarks import summary
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_the_readme_holds_what_the_committed_json_says():
+    assert summary.main([str(BENCHMARKS), "--check"]) == 0, "run `make report`"
+
+
+def test_another_result_changes_the_text_and_nothing_beside_it(tmp_path):
+    root = tmp_path / "benchmarks"
+    shutil.copytree(BENCHMARKS / "results", root / "results")
+    shutil.copy(BENCHMARKS / "README.md", root)
+    file = next((root / "results").glob("*/results.json"))
+    results = json.loads(file.read_text())
+    results["rows"] = results["rows"][:1]
+    file.write_text(json.dumps(results))
+    before = (root / "README.md").read_text()
+    assert summary.main([str(root), "--check"]) == 1
+    assert (root / "README.md").read_text() == before
+    assert summary.main([str(root)]) == 0
+    after = (root / "README.md").read_text()
+    assert after.partition(summary.BEGIN)[0] == before.partition(summary.BEGIN)[0]
+    assert len(after) < len(before) and results["rows"][0]["name"] in after
+    assert summary.main([str(root), "--check"]) == 0
+
+
+def test_a_readme_without_its_marks_is_left_alone(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    assert summary.main([str(tmp_path)]) == 2 and "should hold" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
