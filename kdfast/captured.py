@@ -13,7 +13,7 @@ class LayerAttention:
     """What made the attention scores of one layer: softmax(scale · query keyᵀ + masks).
 
     query: [B, H, N, d]; key, value: [B, H_kv, N, d], after any rotary embedding and before dropout;
-    value None where it was read from a cache and not wanted (Needs.values).
+    value None where it is not wanted (Needs.values).
     causal, window: the layer's own masks; window keeps |i − j| ≤ window, None keeps all.
     """
 

@@ -59,6 +59,10 @@ class _Recorder:
             self.attention[self.attentions] = layer()
             self.modules.append(module)
 
+    def wanted_value(self, value: torch.Tensor) -> torch.Tensor | None:
+        """Kept only where it is read: nothing else would hold a teacher's."""
+        return value if self.attentions in self.wants.values else None
+
 
 class _Stopped(Exception):
     """All that is needed of a forward pass is there."""
@@ -95,7 +99,7 @@ def _recording_sdpa(
             lambda: LayerAttention(
                 query,
                 key,
-                value,
+                _recorder.wanted_value(value),
                 scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
                 causal=bool(causal),
                 # The module's window counts the token itself; ours is the largest |i − j|.
@@ -424,7 +428,8 @@ def _keep_input(layer: int) -> Callable[..., None]:
         if not _recorder.enabled:
             return
         if layer in _recorder.wants.hidden_states:
-            _recorder.hidden_states[layer] = args[0] if args else kwargs["hidden_states"]
+            states = args[0] if args else kwargs.get("hidden_states")
+            _recorder.hidden_states[layer] = states  # None only in the probe, which then says no
         if layer == _recorder.stop:
             raise _Stopped
 
@@ -466,7 +471,13 @@ def _hook_projections(module: nn.Module, names: tuple[str, str, str], heads: int
                 causal = bool(getattr(module, "is_causal", False))
                 _recorder.attended(
                     module,
-                    lambda: LayerAttention(query, key, value, scale=width**-0.5, causal=causal),
+                    lambda: LayerAttention(
+                        query,
+                        key,
+                        _recorder.wanted_value(value),
+                        scale=width**-0.5,
+                        causal=causal,
+                    ),
                 )
 
         return hook

@@ -20,8 +20,8 @@ PARTS = ("teacher", "student", "losses", "backward", "optimizer")
 
 
 def step_parts(trainer: DistillationTrainer, batches: int = 6) -> dict[str, float]:
-    """Median seconds of each part of a step, on the first batches of the training data; of several
-    stages the mean, by their steps. Raises as profile does."""
+    """Median seconds of each part of an optimizer step, on the first batches of the training data;
+    of several stages the mean, by their steps. Raises as profile does."""
     with torch.random.fork_rng():  # of which a loader draws a seed
         taken = list(itertools.islice(trainer.get_train_dataloader(), batches))
     steps = trainer._clock.steps if trainer._clock else [1]
@@ -29,7 +29,18 @@ def step_parts(trainer: DistillationTrainer, batches: int = 6) -> dict[str, floa
     for stage, length in enumerate(steps):
         for part, seconds in profile(trainer, taken, stage).items():
             found[part] += statistics.median(seconds) * length / sum(steps)
-    return found
+    batches_of_a_step = trainer.args.gradient_accumulation_steps
+    return {
+        part: seconds if part == "optimizer" else seconds * batches_of_a_step
+        for part, seconds in found.items()
+    }
+
+
+def can_profile(trainer: DistillationTrainer) -> bool:
+    """Whether gradients go through nothing that splits no backward, and there is an optimizer."""
+    return (
+        trainer.optimizer is not None and trainer.args.world_size == 1 and not trainer.args.fp16
+    )
 
 
 def profile(
@@ -43,11 +54,13 @@ def profile(
 
     The trainer must have its optimizer, as after train(). Its steps are real ones, of `stage`
     (None: the present one); afterwards the student, the recipe's learned parts and the random state
-    are what they were. Raises RuntimeError where gradients go through a wrapper or a scaler that
-    splits no backward (several processes, float16).
+    are what they were, the optimizer's own state is not. Raises RuntimeError unless can_profile.
     """
-    if trainer.args.world_size > 1 or trainer.args.fp16:
-        raise RuntimeError("a profile is taken of one process, in float32 or bfloat16")
+    if not can_profile(trainer):
+        raise RuntimeError(
+            "a profile is taken of a trainer with its optimizer, of one process, in float32 or "
+            "bfloat16"
+        )
     models = trainer.model, trainer.recipe
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]  # type: ignore[union-attr]
     try:
@@ -78,14 +91,17 @@ def _profile(
             if theirs:
                 teacher = trainer._teacher_of(for_teacher, theirs, inputs.get(ROW))
             seconds["teacher"].append(clock.lap())
-            _, student = trainer._student_capture(for_student, forward=model, needs=own)
+            _, student = trainer._student_capture(
+                for_student, forward=model, needs=own, whole=trainer._runs_whole
+            )
             seconds["student"].append(clock.lap())
             leaves = _leaves(student)
             losses = trainer.recipe(_replaced(student, leaves), teacher, labels, at)
-            trainer.recipe.total(losses, at).backward()
+            loss = trainer.recipe.total(losses, at)
+        loss.backward()
         seconds["losses"].append(clock.lap())
         reached = [(x, leaf.grad) for x, leaf in leaves.values() if leaf.grad is not None]
-        del leaves, losses, student, teacher
+        del leaves, loss, losses, student, teacher
         torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
         del reached
         seconds["backward"].append(clock.lap())

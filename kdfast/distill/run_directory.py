@@ -79,8 +79,7 @@ def identity(config: Any, splits: Splits, teacher: str, **free: Any) -> str:
     """
     plain = replace(config, overwrite=False, quick_overrides={}, **free)
     made_of = f"# data {splits.fingerprint}, teacher {teacher or 'made by this run'}"
-    # A key of later versions: runs that were begun before it go on.
-    return f"{made_of}\n{dump_config(plain)}".replace("\nteacher_cache: null\n", "\n")
+    return f"{made_of}\n{dump_config(plain)}"
 
 
 def read(path: Path) -> str | None:

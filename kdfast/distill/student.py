@@ -35,7 +35,7 @@ from kdfast.distill.models import (
     load_tokenizer,
     parameter_count,
 )
-from kdfast.distill.profile import step_parts
+from kdfast.distill.profile import can_profile, step_parts
 from kdfast.distill.provenance import code_version
 from kdfast.distill.run_directory import read, save_predictions, say, write_text
 from kdfast.distill.scoring import Scoring
@@ -336,7 +336,8 @@ def trained(
         arguments(
             *(way, len(setup.train), work, seed),
             prepared=job.run_dir / "prepared",
-            cache=job.config.teacher_cache,
+            # Assistants are of one seed, and read once or twice.
+            cache=None if way.options.get("assistants") else job.config.teacher_cache,
         ),
         callbacks=[timer],
     )
@@ -344,7 +345,7 @@ def trained(
         trainer.remove_callback(Announcement)
     job.announced.add(way.label)
     train(trainer, way.label)
-    if seed in way.seeds[:1] and trainer.optimizer is not None:
+    if seed in way.seeds[:1] and home is None and can_profile(trainer):
         timer.parts = step_parts(trainer)
     trainer.close()
     return trainer, timer

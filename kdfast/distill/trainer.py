@@ -306,9 +306,7 @@ class DistillationTrainer(Trainer):
             student_inputs,
             forward=model,
             needs=own,
-            # DDP wants the whole of what it wraps to run, and a compiled graph ends where it was
-            # traced to; so does a caller who asks for outputs.
-            whole=return_outputs or self.args.world_size > 1 or self.args.torch_compile,
+            whole=return_outputs or self._runs_whole,
         )
         losses = self._weigh(self.recipe(student, teacher, labels, at), inputs)
         if self._clock is not None:
@@ -323,6 +321,12 @@ class DistillationTrainer(Trainer):
                 if isinstance(value, torch.Tensor) and value.requires_grad:
                     loss = loss + 0 * value.sum()
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _runs_whole(self) -> bool:
+        """DDP wants the whole of what it wraps to run, and a compiled graph ends where it was
+        traced to."""
+        return self.args.world_size > 1 or self.args.torch_compile
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         # All micro-batches of one optimizer step are known here: what each term is the mean of.
@@ -382,8 +386,13 @@ class DistillationTrainer(Trainer):
     def _teacher_of(
         self, inputs: dict[str, Any], needs: Needs, rows: TeacherRows | None
     ) -> Captured:
-        if self._cache is None or rows is None:
+        if self._cache is None:
             return self._run_teacher(inputs, needs)
+        if rows is None:
+            raise InputError(
+                "teacher_cache reads a row of the training data by its number, and this batch has "
+                "none: load batches with the trainer's own get_train_dataloader, or leave it out"
+            )
         return self._cache.read(rows, needs, inputs.get("attention_mask"), self.args.device)
 
     @torch.no_grad()
@@ -867,8 +876,8 @@ def _counts(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """How many samples, valid tokens and labelled tokens a batch has, on its own device."""
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     ids = next(v for v in (batch.get("input_ids"), mask, labels, *batch.values()) if v is not None)
-    samples = torch.tensor(float(len(ids)), device=ids.device)
-    tokens = torch.tensor(float(ids.numel()), device=ids.device)
+    # Filled there: a copy from the host would wait for the device.
+    samples, tokens = (torch.full((), float(n), device=ids.device) for n in (len(ids), ids.numel()))
     return {
         "samples": samples,
         "tokens": tokens if mask is None else mask.sum().float(),

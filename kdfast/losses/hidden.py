@@ -77,10 +77,12 @@ class _HiddenLoss(nn.Module):
         losses = []
         for student, (_, teacher) in zip(projected, pairs, strict=True):
             check_widths(student, teacher)
+            # A projection under autocast may have another precision than the states.
+            dtype = torch.promote_types(student.dtype, teacher.dtype)
             losses.append(
                 layer_projection_loss(
-                    [self.compared(student)],
-                    [self.compared(teacher.to(student.dtype))],
+                    [self.compared(student.to(dtype))],
+                    [self.compared(teacher.to(dtype))],
                     objective=self.objective,
                     mask=attention_mask,
                     backend=self.backend,

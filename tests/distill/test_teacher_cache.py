@@ -573,12 +573,6 @@ def test_logits_of_tokens_are_kept_token_by_token(tmp_path, tiny_bert, tokenizer
     assert file.stat().st_size == sum(map(len, rows["input_ids"])) * 2 * 4
 
 
-def test_a_run_without_it_is_the_run_of_before_the_key(tmp_path):
-    splits = SimpleNamespace(fingerprint="of the data")
-    assert "teacher_cache" not in identity(DistillConfig(), splits, "digest")
-    assert "teacher_cache: here" in identity(DistillConfig(teacher_cache="here"), splits, "digest")
-
-
 @pytest.mark.slow
 def test_all_students_of_a_run_share_it(tiny_bert, csv_file, tmp_path, capsys):
     """And a further run of the command line."""
