@@ -51,6 +51,7 @@ from kdfast.distill.trainer import (
 from kdfast.errors import InputError
 from kdfast.recipes import Recipe, build_recipe
 from kdfast.recipes.layer_map import layer_map
+from kdfast.recipes.terms import check_relevance
 
 SETTINGS_FILE = "kdfast_settings.json"
 
@@ -455,12 +456,13 @@ class _StepTimer(TrainerCallback):
         return 1000 * statistics.median(self.seconds) if self.seconds else None
 
 
-def try_one_step(setup: Setup, way: Way, seed: int, folder: Path, rows: int) -> None:
+def try_one_step(setup: Setup, way: Way, seed: int, folder: Path, whole: Dataset) -> None:
     """One real training step of each stage, on the few rows of `setup`; whatever cannot work is an
     InputError.
 
-    rows: of the training data that the few stand for.
+    whole: the training data that the few stand for.
     """
+    rows = len(whole)
     try:
         if assistants := way.options.get("assistants"):
             # The chain as a whole, and a step of its last link, here from the first teacher.
@@ -482,6 +484,8 @@ def try_one_step(setup: Setup, way: Way, seed: int, folder: Path, rows: int) -> 
             setattr(args, name, value)
         trainer = setup.trainer(setup.student(seed), args)
         recipe = trainer.recipe
+        if recipe.needs_labels and setup.splits.kind == "reranking":
+            check_relevance(torch.tensor(list(whole["label"])))
         for part in recipe.fitted.values():
             if rows < part.least_rows:
                 raise InputError(
