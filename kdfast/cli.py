@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub = command("analyze", "how alike the layers of two models are, by CKA")
     sub.add_argument("model_a", help="a folder that save_pretrained wrote, or a hub name")
     sub.add_argument("model_b", help="the other one, such as the teacher")
-    sub.add_argument("--data", metavar="PATH", help="sentences: data.path=PATH (default: a demo)")
+    sub.add_argument(
+        "--data",
+        metavar="PATH",
+        help="sentences: data.path=PATH (default: those model_a was made with, or a demo)",
+    )
     sub.add_argument("--output", metavar="DIR", help="where to write: output_dir=DIR")
     sub.add_argument("--recipe", metavar="NAME", help="show its layer-projection weights as well")
     sub.add_argument("override", nargs="*", metavar="key=value", help=keys)

@@ -561,20 +561,17 @@ def _explain(kind: type, error: pydantic.ValidationError) -> str:
     where = ".".join(parts)
     if unknown:
         others = [c for c, k in COMMANDS.items() if k is not kind and where in _keys(k)]
-        if others and not nearest(where, known):
+        own = next((c for c, k in COMMANDS.items() if k is kind), None)
+        if others and own and not nearest(where, known):
             return (
                 f"key '{where}' is of a configuration for kdfast {' or '.join(others)}, and this "
-                f"is read as one for kdfast {_command(kind)}"
+                f"is read as one for kdfast {own}"
             )
         return f"unknown key '{where}'{nearest(where, known) or _known_at(where, known)}"
     message = first["msg"].removeprefix("Value error, ").split(" or an instance of ")[0]
     at = f"{where}: " if where else ""
     given = "" if first["type"] == "value_error" else f", was {first['input']!r}"
     return f"{at}{message[0].lower()}{message[1:]}{given}"
-
-
-def _command(kind: type) -> str:
-    return next((command for command, own in COMMANDS.items() if own is kind), kind.__name__)
 
 
 def _known_at(where: str, known: Iterable[str]) -> str:

@@ -35,8 +35,8 @@ SCALED = ("regression", "reranking")
 NO_LABEL = -100
 # Below this a part measures nothing; parts that shrink do not shrink further.
 SMALLEST_PART = 10
-# Where there are too few rows, a held-out part keeps this share of them whatever the train parts
-# are to be: a teacher and its student, set up apart, then agree on what is held out.
+# Where there are too few rows, a held-out part has this share of all of them, or what small train
+# parts leave: a teacher and a student of other sizes then hold out the same rows, if they can.
 HELD_OUT = {"test": 0.4, "dev": 0.1}
 # Whole numbers written as floats (1.0, 2.0) are classes up to this many, scores beyond.
 MOST_WHOLE_FLOATS = 20
@@ -490,9 +490,10 @@ def _columns(table: pd.DataFrame, config: DataConfig, notes: list[str]) -> dict[
             raise InputError(
                 f"data.{role} is '{name}', but the columns are {listed}{nearest(name, known)}"
             )
-    own = [name for role, name in chosen.items() if role != "group"]  # which may be the query
-    if len(set(own)) < len(own):
-        raise InputError(f"data.{', data.'.join(chosen)} must name different columns")
+    # The group may be the text: a query.
+    own = {role: name for role, name in chosen.items() if (role, name) != ("group", config.text)}
+    if len(set(own.values())) < len(own):
+        raise InputError(f"data.{', data.'.join(own)} must name different columns")
     guessed = dict(chosen)
     if config.path == "demo:reviews":
         guessed.setdefault("group", "movie")
@@ -500,7 +501,12 @@ def _columns(table: pd.DataFrame, config: DataConfig, notes: list[str]) -> dict[
 
     def free(names: Iterable[str]) -> dict[str, str]:
         """Columns without a role yet, by lower-case name, those among `names` only."""
-        left = {name.lower(): name for name in known if name not in guessed.values()}
+        taken = {
+            name
+            for role, name in guessed.items()
+            if (role, config.kind) != ("group", "reranking")  # which may be the query, the text
+        }
+        left = {name.lower(): name for name in known if name not in taken}
         return {name: left[name] for name in names if name in left}
 
     if "label" not in guessed and labelled:
@@ -833,7 +839,7 @@ def _cut(
                 f"{len(rows):,} usable for the parts {', '.join(sizes)}, "
                 f"which need {sum(least.values()):,} at least ({SMALLEST_PART} each)"
             )
-        sizes = _shrunk(sizes, least, usable)
+        sizes = _shrunk(sizes, least, usable, len(rows))
         notes.append(
             f"{asked:,} rows asked for, {len(rows):,} usable"
             f"{' in whole groups' if 'group' in rows else ''}: parts shrink to "
@@ -844,21 +850,25 @@ def _cut(
         end = start + size
         if "group" in rows and size:
             end = int(np.searchsorted(place[order], place[order[end - 1]], side="right"))
-        parts[name] = rows.iloc[rng.permutation(order[start:end])[:size]]
+        chosen = rng.permutation(order[start:end])
+        # A query's candidates are ranked together, all of them.
+        parts[name] = rows.iloc[chosen if kind == "reranking" else chosen[:size]]
         start = end
     return parts
 
 
-def _shrunk(sizes: dict[str, int], least: dict[str, int], usable: int) -> dict[str, int]:
+def _shrunk(sizes: dict[str, int], least: dict[str, int], usable: int, rows: int) -> dict[str, int]:
     """Sizes that fit: held-out parts by their shares, then the train parts in proportion."""
     sizes = dict(sizes)
-    for name in sizes.keys() & HELD_OUT:
+    held = [name for name in HELD_OUT if name in sizes]
+    train = [name for name in sizes if name not in HELD_OUT]
+    for name in held:
         others = sum(size for other, size in sizes.items() if other != name)
-        floor = max(least[name], int(HELD_OUT[name] * usable), usable - others)
+        floor = max(least[name], int(HELD_OUT[name] * rows), usable - others)
         sizes[name] = min(sizes[name], floor)
     excess = sum(sizes.values()) - usable
     # The held-out ones again only where the train parts have come down to their least.
-    for names in (sizes.keys() - HELD_OUT, sizes.keys() & HELD_OUT):
+    for names in (train, held):
         spare = sum(sizes[name] - least[name] for name in names)
         share = min(excess, spare) / spare if spare else 0
         for name in names:
@@ -947,10 +957,11 @@ def tokenize(
     """input_ids, attention_mask, (token_type_ids) and labels of a part, cut at max_length tokens.
 
     With a teacher tokenizer of another vocabulary, the same texts once more with the prefix
-    `teacher_`. A part without labels gives none; one of words a label for each token: that of the
-    word on its first piece, -100 on other pieces and special tokens. Raises InputError for a
-    max_length beyond a tokenizer's own limit, and, with words, for two vocabularies (losses and
-    scores compare token by token) or a tokenizer that does not tell which word a token is of.
+    `teacher_`. Pairs also have `query`, the number of their first text, which is no model's input.
+    A part without labels gives none; one of words a label for each token: that of the word on its
+    first piece, -100 on other pieces and special tokens. Raises InputError for a max_length beyond
+    a tokenizer's own limit, and, with words, for two vocabularies (losses and scores compare token
+    by token) or a tokenizer that does not tell which word a token is of.
     """
     words = not isinstance(dataset.features["text"], datasets.Value)
     if words and teacher_tokenizer is not None:

@@ -29,7 +29,7 @@ def lists(labels: torch.Tensor, queries: torch.Tensor) -> list[torch.Tensor]:
     queries: [n], equal for the candidates of one query. In the order of the queries' numbers.
     """
     if not len(labels) or labels.min() < 0:
-        return []
+        return []  # also where a row has no label
     _, counts = queries.unique(return_counts=True)
     rows = queries.argsort(stable=True).split(counts.tolist())
     return [each for each in rows if len(each) > 1 and labels[each].max() > 0]

@@ -90,6 +90,8 @@ def prepare(
         leave=False,
         disable=not progress,
     )
+    for part in missing.values():
+        part.begin()
     with bar, torch.no_grad():
         for number in range(passes):
             _one_pass(
@@ -106,7 +108,7 @@ def prepare(
             )
     for name, part in missing.items():
         many = "1 pass" if part.passes == 1 else f"{part.passes} passes"
-        said.append(f"{part.what}: fitted to {len(order):,} rows in {many}")
+        said.append(f"{part.what}: fitted in {many} over {len(order):,} rows")
         if name in files:
             files[name].parent.mkdir(parents=True, exist_ok=True)
             partial = files[name].with_name(f"{files[name].name}.{os.getpid()}.partial")

@@ -38,9 +38,7 @@ def step_parts(trainer: DistillationTrainer, batches: int = 6) -> dict[str, floa
 
 def can_profile(trainer: DistillationTrainer) -> bool:
     """Whether gradients go through nothing that splits no backward, and there is an optimizer."""
-    return (
-        trainer.optimizer is not None and trainer.args.world_size == 1 and not trainer.args.fp16
-    )
+    return trainer.optimizer is not None and trainer.args.world_size == 1 and not trainer.args.fp16
 
 
 def profile(

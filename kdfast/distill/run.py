@@ -67,6 +67,7 @@ from kdfast.distill.student import (
 from kdfast.distill.trained_on import TrainedOn, trained_on
 from kdfast.distill.trainer import DistillationTrainer
 from kdfast.errors import InputError, nearest
+from kdfast.recipes.terms import check_relevance
 
 RESULTS_FILE = "results.json"
 
@@ -138,7 +139,7 @@ def start(
         for name in ("teacher_train", "student_train", "dev", "test")
     }
     say(f"data: {', '.join(f'{name} {size}' for name, size in sizes.items())} rows")
-    if config.teacher is not None:
+    if config.teacher is not None and splits.kind != "embedding":
         _note_seen(config, splits)
     bags = config.tfidf and splits.kind in ("classification", "regression")
     task: str | None = config.data.task  # type: ignore[attr-defined]
@@ -166,10 +167,7 @@ def start(
 def _note_seen(config: DistillConfig | CompareConfig, splits: Splits) -> None:
     """Says which rows lie idle, as the teacher is given, and which of them it was trained on."""
     if len(splits.teacher_train) and not config.data.shared:  # type: ignore[attr-defined]
-        say(
-            "data: the teacher_train rows, on which `kdfast finetune` trains a teacher, lie idle, "
-            "as the teacher is given; data.teacher_train=0 gives them to the other parts"
-        )
+        say("data: the teacher_train rows lie idle, as the teacher is given")
     record = trained_on(config.teacher)  # type: ignore[arg-type]
     for part in ("student_train", "dev", "test"):
         rows = getattr(splits, part)
@@ -200,8 +198,6 @@ def facts(job: Job, teacher_test: Predictions) -> dict[str, Any]:
             **setup.more_scores(job.teacher, "teacher"),
         },
         "primary": setup.scoring.primary,
-        # Words of one sentence are no independent draws.
-        "sentences": job.splits.kind != "token_classification",
         "cka_rows": " or ".join(
             sorted(
                 {
@@ -348,6 +344,8 @@ def _finetune_into(target: Path, config: FinetuneConfig, splits: Splits) -> None
     check_length(model, config.data.max_length)  # type: ignore[attr-defined]
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     rows = tokenize(splits.teacher_train, tokenizer, config.data.max_length)  # type: ignore[attr-defined]
+    if model_shape(model).binary:
+        check_relevance(torch.tensor(list(splits.teacher_train["label"])))
     work = target.with_name(target.name + ".work")
     own = dump_config(replace(config, overwrite=False)) + splits.fingerprints["teacher_train"]
     if work.exists() and read(work / IDENTITY_FILE) != own:
@@ -394,9 +392,6 @@ def _preflight(config: DistillConfig | CompareConfig, ways: Sequence[Way], split
         # The longest, so that what grows with the length has the size it will have.
         lengths = [-sum(len(row.get(c) or "") for c in ("text", "text_pair")) for row in rows]
         longest = sorted(range(len(rows)), key=lengths.__getitem__)[:4]
-        if splits.kind == "reranking" and len(rows) > 3:  # grades out of range show at once
-            labels = list(rows["label"])
-            longest[2:] = [pick(range(len(rows)), key=labels.__getitem__) for pick in (min, max)]
         setattr(few, part, rows.select(longest))
     few.more_tests = {}
     tokenizer = load_tokenizer(name, trust_remote_code=remote)
@@ -409,7 +404,7 @@ def _preflight(config: DistillConfig | CompareConfig, ways: Sequence[Way], split
         for way in tried:
             setup = job.setup(way.student)
             try_one_step(
-                *(setup, way, ways[0].seeds[0], job.run_dir, len(splits.student_train)),
+                *(setup, way, ways[0].seeds[0], job.run_dir, splits.student_train),
                 cache=config.teacher_cache,
             )
     return model_digest(teacher) if own else ""

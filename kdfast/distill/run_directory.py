@@ -18,6 +18,8 @@ from kdfast.errors import InputError
 
 # Written first, it marks a directory as a run's and says of which run.
 IDENTITY_FILE = "kdfast_run.yaml"
+# Of what a run keeps of its students; one of another format is not gone on with.
+FORMAT = 3
 # All else that runs write.
 RUN_ENTRIES = (
     *("students", "tuning", "work", "prepared", "plots"),
@@ -78,7 +80,7 @@ def identity(config: Any, splits: Splits, teacher: str, **free: Any) -> str:
     free: further keys that may change while the run goes on, with a value that stands for all.
     """
     plain = replace(config, overwrite=False, quick_overrides={}, **free)
-    made_of = f"# data {splits.fingerprint}, teacher {teacher or 'made by this run'}"
+    made_of = f"# format {FORMAT}, data {splits.fingerprint}, teacher {teacher or 'of this run'}"
     return f"{made_of}\n{dump_config(plain)}"
 
 

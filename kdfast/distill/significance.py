@@ -48,9 +48,8 @@ def differences(
         path = run_dir / "students" / record["way"] / f"seed-{record['seed']}.safetensors"
         each = {m: torch.tensor(record[m]) for m in measures if m in record}
         predictions = load_file(path)
-        if results["sentences"] or "groups" in predictions:
-            own = per_sentence(predictions, teacher)
-            each |= {m: value for m, value in own.items() if m in each}
+        own = per_sentence(predictions, teacher)
+        each |= {m: value for m, value in own.items() if m in each}
         students.setdefault(record["way"], {})[record["seed"]] = each
     found: dict[str, dict[str, Any]] = {}
     for way, reference in references.items():

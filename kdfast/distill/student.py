@@ -52,6 +52,7 @@ from kdfast.distill.trainer import (
 from kdfast.errors import InputError
 from kdfast.recipes import Recipe, build_recipe
 from kdfast.recipes.layer_map import layer_map
+from kdfast.recipes.terms import check_relevance
 
 SETTINGS_FILE = "kdfast_settings.json"
 
@@ -485,13 +486,14 @@ class _StepTimer(TrainerCallback):
 
 
 def try_one_step(
-    setup: Setup, way: Way, seed: int, folder: Path, rows: int, *, cache: str | None = None
+    setup: Setup, way: Way, seed: int, folder: Path, whole: Dataset, *, cache: str | None = None
 ) -> None:
     """One real training step of each stage, on the few rows of `setup`; whatever cannot work is an
     InputError.
 
-    rows: of the training data that the few stand for. cache: the run's; nothing is written there.
+    whole: the training data that the few stand for. cache: the run's; nothing is written there.
     """
+    rows = len(whole)
     try:
         if assistants := way.options.get("assistants"):
             # The chain as a whole, and a step of its last link, here from the first teacher.
@@ -513,6 +515,8 @@ def try_one_step(
             setattr(args, name, value)
         trainer = setup.trainer(setup.student(seed), args)
         recipe = trainer.recipe
+        if recipe.needs_labels and setup.splits.kind == "reranking":
+            check_relevance(torch.tensor(list(whole["label"])))
         for part in recipe.fitted.values():
             if rows < part.least_rows:
                 raise InputError(

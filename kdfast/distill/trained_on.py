@@ -19,6 +19,8 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from kdfast.errors import InputError
+
 FILE = "kdfast_data.safetensors"
 # Of another source only how its texts are cut and padded is taken over.
 OF_ANY_SOURCE = ("max_length", "pad")
@@ -26,15 +28,17 @@ OF_ANY_SOURCE = ("max_length", "pad")
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """data: the DataConfig as a dict. part: which was trained on. texts: [rows] int64, hashes."""
+    """data: the DataConfig as a dict. part: which was trained on. texts: [rows] int64, hashes.
+    local: its path is a file or a folder."""
 
     data: dict[str, Any]
     part: str
     texts: torch.Tensor
+    local: bool
 
     @classmethod
     def of(cls, data: dict[str, Any], part: str, rows: Dataset) -> TrainedOn:
-        return cls(data, part, _hashes(rows))
+        return cls(data, part, _hashes(rows), Path(data["path"]).expanduser().exists())
 
     def seen(self, rows: Dataset) -> int:
         """How many of these rows have a text that was trained on."""
@@ -42,7 +46,7 @@ class TrainedOn:
 
     def save(self, folder: Path) -> None:
         """Overwrites; the caller moves the folder into place."""
-        metadata = {"data": json.dumps(self.data), "part": self.part}
+        metadata = {"data": json.dumps(self.data), "part": self.part, "local": str(int(self.local))}
         save_file({"texts": self.texts.sort().values}, folder / FILE, metadata)
 
 
@@ -54,7 +58,8 @@ def trained_on(model: str | os.PathLike[str]) -> TrainedOn | None:
     try:
         with safe_open(file, "pt") as record:
             kept = record.metadata()
-            return TrainedOn(json.loads(kept["data"]), kept["part"], record.get_tensor("texts"))
+            texts, local = record.get_tensor("texts"), kept["local"] == "1"
+            return TrainedOn(json.loads(kept["data"]), kept["part"], texts, local)
     except (SafetensorError, ValueError, KeyError, TypeError):
         return None  # damaged: only a convenience is lost
 
@@ -66,6 +71,10 @@ def data_below(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if record is None:
         return {}
     path, task = given.get("data.path", record.data["path"]), given.get("data.task")
+    if "data.path" not in given and record.local and not Path(path).expanduser().exists():
+        raise InputError(
+            f"'{model}' was trained on '{path}', which is not here: give data.path=FILE_OR_FOLDER"
+        )
     same = os.path.abspath(str(path)) == os.path.abspath(record.data["path"])
     if same and task in (None, record.data["task"]):
         return record.data

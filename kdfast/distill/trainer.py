@@ -165,6 +165,7 @@ class DistillationTrainer(Trainer):
         # Learned parts of the recipe are drawn from the run's seed, whatever was drawn before.
         set_seed(args.seed)
         student_shape = model_shape(model)
+        self._binary = student_shape.binary
         if recipe is None:
             if teacher is None and args.recipe != "labels":
                 raise InputError(f"recipe '{args.recipe}' needs a teacher, was None")
@@ -297,6 +298,10 @@ class DistillationTrainer(Trainer):
         student_inputs, teacher_inputs = self._split(inputs, model.training)
         if not model.training:
             # Evaluation reports the student's own loss on the labels, and keeps its logits only.
+            if self._binary and "labels" in student_inputs:
+                # transformers takes a relevance for several labels of a row.
+                labels = student_inputs["labels"].float().view(-1, 1)
+                student_inputs = {**student_inputs, "labels": labels}
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch)
         labels = student_inputs.pop("labels", None)
         at = Moment() if self._clock is None else self._clock.moment(self.state.global_step)

@@ -105,7 +105,7 @@ def build_recipe(name: str, student: ModelShape, teacher: ModelShape, **options:
         ]
         if not named or name == "custom":
             raise
-        raise InputError(f"{message} (on the command line recipe.{named[0]}=...)") from error
+        raise InputError(f"{message} (recipe option {named[0]})") from error
 
 
 def assemble(

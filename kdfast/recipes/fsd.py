@@ -12,6 +12,7 @@ import torch
 from kdfast.captured import Captured, ModelShape, Needs
 from kdfast.errors import InputError
 from kdfast.losses import CentroidFit, CKALoss, ClusteredMemoryLoss, flat_states, memory_bytes
+from kdfast.losses.memory import FIRST_SAMPLES
 from kdfast.recipes.layer_map import LayerMap
 from kdfast.recipes.layer_map import layer_map as resolve_layer_map
 from kdfast.recipes.recipe import Fitted, Recipe, Term
@@ -48,18 +49,21 @@ class Memory(Fitted):
             "seed": self.seed,
         }
 
+    def begin(self) -> None:
+        self._fit = CentroidFit(len(self.loss.teacher_memory), epochs=self.epochs, seed=self.seed)
+
     def see(self, teacher: Captured, labels: torch.Tensor | None) -> None:
-        if self._fit is None:
-            self._fit = CentroidFit(
-                len(self.loss.teacher_memory), epochs=self.epochs, seed=self.seed
-            )
+        assert self._fit is not None
         features = flat_states(
             teacher.hidden_states[self.layer],
             teacher.attention_mask,
             max_length=self.loss.max_length,
             padding=self.loss.padding,
         )
-        self._fit.see(features)
+        try:
+            self._fit.see(features)
+        except ValueError as error:
+            raise InputError(f"{self.what}: {error}") from error
 
     def end_pass(self) -> None:
         try:
@@ -212,8 +216,8 @@ def _check_memory(clusters: int, length: int, width_s: int, width_t: int, pairs:
     import psutil
 
     values = pairs * clusters * length * width_s
-    # The fit holds some six values per value of its result, beside memories made before.
-    fit = (pairs + 6) * 4 * clusters * length * width_t
+    # All pairs are fitted at once, from 3 samples a centroid, which one of them at a time joins up.
+    fit = (FIRST_SAMPLES * pairs + 4) * 4 * clusters * length * width_t
     size = max(pairs * memory_bytes(clusters, length, width_s, width_t), fit)
     free = psutil.virtual_memory().available
     shown = (
@@ -224,6 +228,6 @@ def _check_memory(clusters: int, length: int, width_s: int, width_t: int, pairs:
     if size > free:
         raise InputError(
             f"{shown}: the memories, with gradient and optimizer state, take {size / 1e9:.1f} GB, "
-            f"and {free / 1e9:.1f} GB are free: lower clusters (recipe.clusters) or data.max_length"
+            f"and {free / 1e9:.1f} GB are free: lower the recipe's clusters or data.max_length"
         )
     return f"{shown}; the memories take {size / 1e6:.0f} MB in training"

@@ -27,6 +27,7 @@ class RelationTerm(Term):
         heads = "" if loss.relation_heads is None else f" of {loss.relation_heads} relation heads"
         super().__init__(weight, f"{', '.join(loss.relations)} relations{heads} by KL")
         self.loss = loss
+        self.pairs = pair
         ((self.student_layer, self.teacher_layer),) = pair
         self.layers = (self.student_layer,)
         self.unit = loss.unit

@@ -73,6 +73,9 @@ class Fitted(nn.Module):
         """What decides the result, beside teacher and data; JSON."""
         raise NotImplementedError
 
+    def begin(self) -> None:
+        """Forget what an interrupted fit saw."""
+
     def see(self, teacher: Captured, labels: torch.Tensor | None) -> None:
         """A batch of the pass that is under way."""
         raise NotImplementedError
@@ -84,6 +87,7 @@ class Fitted(nn.Module):
     @torch.no_grad()
     def fit(self, batches: Callable[[], Iterable[tuple[Captured, torch.Tensor | None]]]) -> None:
         """batches: called once a pass; all of the data in one fixed order, teacher and labels."""
+        self.begin()
         for _ in range(self.passes):
             for teacher, labels in batches():
                 self.see(teacher, labels)

@@ -90,8 +90,9 @@ class FittedClassifiers(PseudoClassifiers, Fitted):
         self.student = student
         self.c = c
         self.rows = rows
-        self._states: list[list[torch.Tensor]] = [[] for _ in self.classifiers]
-        self._targets: list[torch.Tensor] = []
+        self._states: list[list[torch.Tensor]]
+        self._targets: list[torch.Tensor]
+        self.begin()
 
     def needs_of_teacher(self) -> Needs:
         return self.needs()
@@ -108,6 +109,10 @@ class FittedClassifiers(PseudoClassifiers, Fitted):
     @property
     def has_enough(self) -> bool:  # type: ignore[override]
         return sum(map(len, self._targets)) >= self.rows
+
+    def begin(self) -> None:
+        self._states = [[] for _ in self.classifiers]
+        self._targets = []
 
     def see(self, teacher: Captured, labels: torch.Tensor | None) -> None:
         if labels is None:
@@ -128,8 +133,7 @@ class FittedClassifiers(PseudoClassifiers, Fitted):
             weight, bias = self._solve(((x - mean) / scale).numpy(), y)
             classify.weight.copy_(weight / scale)
             classify.bias.copy_(bias - (weight / scale) @ mean)
-            kept.clear()
-        self._targets.clear()
+        self.begin()
 
     def _solve(self, x: Any, y: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """[C, D] and [C] in float64 for standardised x [n, D] and labels y [n]."""

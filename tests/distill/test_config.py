@@ -64,6 +64,12 @@ def test_a_configuration_of_another_command_is_named():
         read_config(FinetuneConfig, "internal")
 
 
+def test_an_unknown_key_of_a_section_is_not_taken_for_another_commands():
+    with pytest.raises(InputError, match="unknown key 'model'.*known here are base") as error:
+        read_config(DistillConfig, "internal", ["recipe.student={model: bert}"])
+    assert "StudentConfig" not in str(error.value)
+
+
 def test_glue_runs_of_several_tasks_have_their_own_directories():
     config = read_config(DistillConfig, "glue_bert6", ["data.task=rte"])
     assert config.output_dir == "runs/glue-bert6-rte"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 from collections import Counter
 
@@ -18,6 +19,7 @@ from kdfast.distill.data import (
     PARTS,
     DataConfig,
     DistillationCollator,
+    _shrunk,
     check_labels,
     load_data,
     same_vocabulary,
@@ -131,6 +133,16 @@ def test_what_is_held_out_of_few_rows_does_not_hang_on_the_train_parts(write, tr
     for part in ("test", "dev"):
         assert one.fingerprints[part] == other.fingerprints[part]
     assert sum(sizes(other).values()) > ROWS - 4
+
+
+def test_how_parts_shrink_does_not_hang_on_their_order():
+    asked = {"test": 4000, "dev": 500, "teacher_train": 0, "student_train": 300}
+    least = {name: min(size, 10) for name, size in asked.items()}
+    found = [
+        _shrunk({name: asked[name] for name in order}, least, 1000, 1000)
+        for order in itertools.permutations(asked)
+    ]
+    assert all(sizes == found[0] for sizes in found) and sum(found[0].values()) == 1000
 
 
 def test_a_part_takes_what_the_others_leave(write):
@@ -581,6 +593,16 @@ def test_reranking_pairs_have_float_relevance_that_a_one_logit_teacher_takes(gra
     assert check_labels(splits, teacher("relevance")) is splits
     with pytest.raises(InputError, match="scores .*, but the teacher predicts classes"):
         check_labels(splits, teacher("no", "yes"))
+
+
+@pytest.mark.parametrize("group", [{}, {"group": "query"}])
+def test_all_candidates_of_a_query_stay_in_one_part(write, group):
+    queries = [f"query {i // 7}" for i in range(ROWS)]
+    path = write(query=queries, passage=TEXTS, label=[float(i % 7 == 0) for i in range(ROWS)])
+    splits = load(path, kind="reranking", student_train=40, **group)
+    for part in PARTS:
+        found = getattr(splits, part)["text"]
+        assert all(found.count(q) == queries.count(q) for q in set(found)), part
 
 
 def test_reranking_without_a_second_text_is_refused(write):

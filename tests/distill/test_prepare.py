@@ -35,7 +35,7 @@ def test_a_run_that_reads_its_memory_ends_with_the_bits_of_the_one_that_made_it(
     first.train()
     (file,) = files(tmp_path)
     made = file.stat().st_mtime_ns
-    assert "fitted to 48 rows" in capsys.readouterr().out
+    assert "over 48 rows" in capsys.readouterr().out
     second = memory_trainer()
     second.train()
     assert "fitted before" in capsys.readouterr().out and file.stat().st_mtime_ns == made
@@ -70,6 +70,28 @@ def test_all_parts_of_a_recipe_share_the_passes(make_trainer):
             assert name.startswith(key)
             for field, value in part.fitted_state().items():
                 assert torch.equal(value, together.recipe.fitted[name].fitted_state()[field])
+
+
+@pytest.mark.parametrize("loss", ["global", "pseudo_projection"])
+def test_an_interrupted_fit_is_forgotten(make_trainer, loss, monkeypatch):
+    losses = [{"loss": loss} | ({"clusters": 8} if loss == "global" else {})]
+    trainers = [make_trainer("custom", recipe_options={"losses": losses}) for _ in range(2)]
+    run_teacher, calls = trainers[0]._run_teacher, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_teacher(*args)
+
+    monkeypatch.setattr(trainers[0], "_run_teacher", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainers[0]._prepare_recipe()
+    for trainer in trainers:
+        trainer._prepare_recipe()
+    (one,), (other,) = (trainer.recipe.fitted.values() for trainer in trainers)
+    for name, value in one.fitted_state().items():
+        assert torch.equal(value, other.fitted_state()[name])
 
 
 def test_another_teacher_setting_or_data_set_is_fitted_anew(memory_trainer, tmp_path, teacher):

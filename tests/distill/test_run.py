@@ -412,7 +412,7 @@ def test_a_students_data_travel_with_it_and_rows_that_its_teacher_saw_are_named(
     data = (f"data.path={csv_file}", *sizes)
     assert run("finetune", "finetune", *data, *quick, f"output_dir={teacher}")[0] == 0
     status, out, _ = run("distill", config, *few, f"teacher={teacher}")
-    assert status == 0 and "data.teacher_train=0 gives them" in out
+    assert status == 0 and "lie idle, as the teacher is given" in out
     assert "of the 40 test rows" in out and "of the 48 student_train rows" in out
     student = run_dir / "students/soft_labels/seed-1"
     accuracy = f"{json.loads(student.with_suffix('.json').read_text())['accuracy']:.4g}"
@@ -423,6 +423,9 @@ def test_a_students_data_travel_with_it_and_rows_that_its_teacher_saw_are_named(
     other.write_text(csv_file.read_text())
     status, out, _ = run("evaluate", student, f"data.path={other}", "data.test=30", "data.seed=5")
     assert status == 0 and "cut at 32 tokens" in out and "the model was trained on" in out
+    csv_file.unlink()
+    message = refused(run("evaluate", student))
+    assert "was trained on" in message and "give data.path" in message
 
 
 def start(config, *changes):

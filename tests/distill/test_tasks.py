@@ -2,15 +2,18 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 import yaml
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
+from kdfast import DistillationArguments, DistillationTrainer
 from kdfast.cli import main
 from kdfast.distill.capture import model_shape
 from kdfast.distill.config import DistillConfig, read_config
-from kdfast.distill.models import load_model
+from kdfast.distill.data import DistillationCollator, tokenize
+from kdfast.distill.models import cut_student, load_model
 
 
 @pytest.fixture
@@ -237,3 +240,26 @@ def test_shipped_glue_configurations_name_the_papers_models():
     for name, kind in (("bilstm", "bilstm"), ("cnn", "gated_cnn")):
         config = read_config(DistillConfig, f"glue_{name}", ["data.task=rte"])
         assert config.student.kind == kind and config.data.task == "rte"
+
+
+def test_a_rerankers_trainer_evaluates_on_labels(tiny_bert, teacher, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    pairs = {"text": ["good film"] * 4, "text_pair": ["fine plot", "bad plot"] * 2}
+    rows = datasets.Dataset.from_dict({**pairs, "label": [1.0, 0.0, 0.5, 0.0]})
+    tokens = tokenize(rows, tokenizer, 16)
+    student = cut_student(teacher, 2, task="reranking")
+    trainer = DistillationTrainer(
+        model=student,
+        args=DistillationArguments(str(tmp_path), recipe="labels", use_cpu=True, report_to="none"),
+        train_dataset=tokens,
+        eval_dataset=tokens,
+        data_collator=DistillationCollator(tokenizer),
+        processing_class=tokenizer,
+    )
+    with torch.no_grad():
+        batch = tokenizer(*pairs.values(), padding=True, return_tensors="pt")
+        logits = student.eval()(**batch).logits[:, 0]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, torch.tensor(rows["label"])
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)

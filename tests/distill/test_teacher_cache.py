@@ -24,10 +24,8 @@ from kdfast import DistillationArguments, DistillationTrainer, InputError
 from kdfast.captured import Needs
 from kdfast.cli import main
 from kdfast.distill import teacher_cache
-from kdfast.distill.config import DistillConfig
 from kdfast.distill.data import DistillationCollator, tokenize
 from kdfast.distill.models import cut_student
-from kdfast.distill.run_directory import identity
 from kdfast.distill.teacher_cache import ROW
 
 
