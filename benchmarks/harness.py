@@ -302,7 +302,7 @@ def measure(
         except BackendError as error:
             record["skipped"] = error.reasons[name.removeprefix("kdfast ")]
         except Exception as error:
-            reason = "out of memory" if _out_of_memory(error) else one_line(error)
+            reason = "out of memory" if out_of_memory(error) else one_line(error)
             record["skipped"] = reason
             if name.startswith("kdfast"):
                 wrong.append(f"{name}: {reason}")
@@ -325,7 +325,7 @@ def measure(
     gc.disable()
     others = OtherWork() if device.type == "cpu" else None
     try:
-        for number, order in enumerate(_interleaved(list(runners), rounds[1])):
+        for number, order in enumerate(interleaved(list(runners), rounds[1])):
             say(f"round {number + 1}")
             for name in order:
                 variants[name]["seconds"].append(clock(*runners[name]))
@@ -362,7 +362,7 @@ def once(prepare: Callable[[], Any], timed: Callable[[Any], list[Tensor]]) -> li
     return [x.detach() for x in timed(prepare())]
 
 
-def _interleaved(names: list[str], rounds: int) -> Iterator[list[str]]:
+def interleaved(names: list[str], rounds: int) -> Iterator[list[str]]:
     """Every round begins with another variant, so that none always follows the same one."""
     for k in range(rounds):
         k %= max(len(names), 1)
@@ -385,7 +385,7 @@ def wrong_outputs(variants: dict[str, dict[str, Any]], dtype: str) -> list[str]:
     return found
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
         "can't allocate memory" in str(error)
     )
@@ -477,13 +477,23 @@ def _memory(problem: Problem, row: Row, peak: int) -> dict[str, int]:
 
 def peak_in_a_process(row: Row, variant: str) -> dict[str, int] | None:
     """The process's own peak, which a fresh one alone can tell from what came before; or None."""
+    found: dict[str, int] | None = in_a_process(
+        _peak_of_this_process, row, variant, torch.get_num_threads()
+    )
+    return found
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Its result in a fresh process; None where that was killed or ran out of memory."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as process:
         try:
-            return process.submit(
-                _peak_of_this_process, row, variant, torch.get_num_threads()
-            ).result()
+            return process.submit(function, *arguments).result()
         except BrokenProcessPool:  # killed for want of memory
+            return None
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             return None
 
 
@@ -502,20 +512,26 @@ def _peak_of_this_process(row: Row, variant: str, threads: int) -> dict[str, int
     run = steps(problem)
     if variant.startswith("compile"):
         once(*run)  # the compiler's own memory is not the operator's
+    peak = peak_of_process(lambda: once(*run))
+    return peak and _memory(problem, row, peak[1] - peak[0])
+
+
+def peak_of_process(run: Callable[[], Any]) -> tuple[int, int] | None:
+    """Bytes of this process before a run and at its peak; None where the system does not say."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator holds would hide a need
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before, reset = _status("VmRSS"), _status("VmHWM")
+        before, reset = status("VmRSS"), status("VmHWM")
     except (OSError, AttributeError, KeyError):
         return None
     if reset > before + (8 << 20):  # the system did not reset it
         return None
-    once(*run)
-    return _memory(problem, row, _status("VmHWM") - before)
+    run()
+    return before, status("VmHWM")
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """Bytes, from the lines `VmRSS:     1234 kB`."""
     lines = dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) << 10

@@ -18,7 +18,7 @@ second in attention and its first elsewhere.
 
 The results are as in `harness`, but for `suite` ("scale") and the rows:
 
-    rows  [{axis, method, points: [{size, variants: {name: {seconds: [one a round],
+    rows  [{name, axis, method, points: [{size, variants: {name: {seconds: [one a round],
                                                             memory: peak bytes | null}}}],
             exponents: {name: {seconds: [slope, standard error], memory: the same | null}}}]
 """
@@ -27,12 +27,9 @@ from __future__ import annotations
 
 import gc
 import math
-import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -161,6 +158,14 @@ def problem(method: str, size: Size, device: torch.device) -> Callable[[], None]
     return run
 
 
+def needed(size: Size) -> int:
+    """Bytes that eager takes at most: its maps and their gradients, and the captured tensors."""
+    maps = size.batch * size.heads * size.length**2 * 6 * size.pairs
+    states = size.batch * size.length * size.width * 12 * (size.pairs + size.teacher_layers)
+    memories = 100 * size.length * size.width * 6 * size.pairs
+    return 4 * (maps + states + memories)
+
+
 def exponent(points: Sequence[tuple[float, float]]) -> list[float] | None:
     """Slope of log y against log x and its standard error; None without two points above 0."""
     points = [(math.log(x), math.log(y)) for x, y in points if y > 0]
@@ -193,6 +198,9 @@ def measure(
     for value in values[which]:
         say(f"{value}")
         size = replace(base, **{field: value})
+        if reason := harness.too_large(needed(size), device):
+            points.append({"size": value, "skipped": reason, "variants": {}})
+            continue
         variants: dict[str, dict[str, Any]] = {
             name: {"seconds": [], "memory": None} for name in VARIANTS
         }
@@ -202,7 +210,7 @@ def measure(
                 torch.manual_seed(0)
                 runs[name] = problem(method, size, device)
                 runs[name]()
-        for order in harness._interleaved(list(runs), rounds):
+        for order in harness.interleaved(list(runs), rounds):
             for name in order:
                 with losses_of(name):
                     seconds = clock(lambda: None, lambda _, run=runs[name]: run())
@@ -212,25 +220,28 @@ def measure(
         if axis in MEMORY and which != "quick":
             for name in VARIANTS:
                 variants[name]["memory"] = _peak(method, size, name, device)
-        points.append({"size": value, "variants": variants})
+        points.append({"size": value, "skipped": None, "variants": variants})
     exponents: dict[str, Any] = {}
     for name in VARIANTS:
-        times = [(p["size"], statistics.median(p["variants"][name]["seconds"])) for p in points]
-        memory = [(p["size"], p["variants"][name]["memory"] or 0) for p in points]
+        ran = [p for p in points if p["variants"]]
+        times = [(p["size"], statistics.median(p["variants"][name]["seconds"])) for p in ran]
+        memory = [(p["size"], p["variants"][name]["memory"] or 0) for p in ran]
         exponents[name] = {"seconds": exponent(times), "memory": exponent(memory)}
-    return {"axis": axis, "method": method, "points": points, "exponents": exponents}
+    return {
+        "name": f"{axis} {method}",
+        "axis": axis,
+        "method": method,
+        "points": points,
+        "exponents": exponents,
+    }
 
 
 def _peak(method: str, size: Size, variant: str, device: torch.device) -> int | None:
     """Bytes beyond the captured tensors at the peak of a run, in a process of its own."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        try:
-            return process.submit(
-                _peak_of_this_process, method, size, variant, device.type, torch.get_num_threads()
-            ).result()
-        except BrokenProcessPool:  # killed for want of memory
-            return None
+    found: int | None = harness.in_a_process(
+        _peak_of_this_process, method, size, variant, device.type, torch.get_num_threads()
+    )
+    return found
 
 
 def _peak_of_this_process(
@@ -247,13 +258,8 @@ def _peak_of_this_process(
             torch.cuda.reset_peak_memory_stats()
             run()
             return int(torch.cuda.max_memory_allocated() - before)
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        except OSError:
-            return None
-        before = harness._status("VmRSS")
-        run()
-        return max(0, harness._status("VmHWM") - before)
+        peak = harness.peak_of_process(run)
+        return peak and max(0, peak[1] - peak[0])
 
 
 def run(
@@ -353,9 +359,10 @@ def markdown(results: dict[str, Any]) -> str:
 
     body = []
     for row in results["rows"]:
-        sizes = [str(point["size"]) for point in row["points"]]
+        ran = [point for point in row["points"] if point["variants"]]
+        sizes = [str(point["size"]) for point in ran]
         for name in VARIANTS:
-            times = [statistics.median(p["variants"][name]["seconds"]) for p in row["points"]]
+            times = [statistics.median(p["variants"][name]["seconds"]) for p in ran]
             body.append(
                 [
                     row["axis"],
@@ -395,8 +402,9 @@ def plot(folder: Path, results: dict[str, Any]) -> list[Path]:
             rows = [row for row in shown if row["axis"] == axis]
             for k, row in enumerate(rows):
                 for name, style in zip(VARIANTS, ("o-", "s--"), strict=True):
-                    xs = [point["size"] for point in row["points"]]
-                    ys = [_value(point["variants"][name], what) for point in row["points"]]
+                    ran = [point for point in row["points"] if point["variants"]]
+                    xs = [point["size"] for point in ran]
+                    ys = [_value(point["variants"][name], what) for point in ran]
                     slope = _exponent(row["exponents"][name][what]).split(" ±")[0]
                     label = f"{row['method']}, {name}: {slope}"
                     panel.loglog(xs, [scale * y for y in ys], style, color=f"C{k}", ms=4,

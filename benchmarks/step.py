@@ -16,7 +16,8 @@ dropout is 0. What counts are the ratios within rounds of kdfast to soft labels 
 
 The results are as in `harness`, but for `suite` ("step") and the rows:
 
-    rows  [{name, pair, method, shape: {B, N}, tokens: valid ones of the batch, dtype,
+    rows  [{name, pair, method, dtype, shape: {B, N}, tokens: valid ones of the batch,
+            skipped: why nothing was run, such as too little memory | null,
             variants: {name: {seconds: [one a round], loss: of the first step, before any update,
                               parts: {part: [seconds]} (see kdfast.distill.profile),
                               memory: peak bytes of a step, of a process of its own | null,
@@ -30,13 +31,10 @@ import contextlib
 import functools
 import gc
 import io
-import multiprocessing
 import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -100,7 +98,7 @@ ROWS = {
     "cuda": [
         *_rows("bert", EACH, 256, 128, **_HALF, memory=True),
         *_rows("bert", EACH, 32, 512, **_HALF, memory=True),
-        *_rows("bert", ("internal",), 2, 4096, **_HALF, memory=True),
+        *_rows("bert", ("internal",), 32, 4096, **_HALF, memory=True),
         *_rows("bert", ("internal",), 32, 128, **_HALF),
         *_rows("bert", ("internal",), 64, 512, **_HALF),
         *_rows("bert", ("internal",), 32, 128),
@@ -201,7 +199,14 @@ def recipe_of(variant: str, method: str, tokens: int) -> tuple[str, dict[str, An
 class Stepper:
     """A trainer at the start of its training, which takes one step of a batch at a time."""
 
-    def __init__(self, pair: Pair, row: Row, variant: str, batch: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        row: Row,
+        variant: str,
+        batch: dict[str, Tensor],
+        device: torch.device,
+    ) -> None:
         from datasets import Dataset
         from transformers import default_data_collator
 
@@ -209,7 +214,7 @@ class Stepper:
 
         name, options = recipe_of(variant, row.method, batch["input_ids"].shape[1])
         self.folder = tempfile.TemporaryDirectory()
-        cuda = torch.cuda.is_available()
+        cuda = device.type == "cuda"
         self.trainer: Any = DistillationTrainer(
             model=pair.student(),
             teacher=None if variant == "fine-tuning" else pair.teacher,
@@ -322,10 +327,21 @@ def eager_cka(
     found = []
     for x, y in zip(layers_s, layers_t, strict=True):
         x, y = _centred(x, mask), _centred(y, mask)
-        k, c = x @ x.mT, y @ y.mT
-        cross, own_s, own_t = ((a * b).sum((-2, -1)) for a, b in ((k, c), (k, k), (c, c)))
+        if x.shape[-2] > x.shape[-1]:  # the products of features are the smaller ones
+            parts = [(a.mT @ b).square() for a, b in ((x, y), (x, x), (y, y))]
+        else:
+            k, c = x @ x.mT, y @ y.mT
+            parts = [a * b for a, b in ((k, c), (k, k), (c, c))]
+        cross, own_s, own_t = (part.sum((-2, -1)) for part in parts)
         found.append(cross / (own_s * own_t).sqrt())
     return torch.stack(found)
+
+
+def eager_memory_cka(layer: Tensor, gram: Tensor) -> Tensor:
+    """CKA with a layer whose centred Gram matrix is kept, as it never changes."""
+    x = _centred(layer, None)
+    k = x @ x.mT
+    return (k * gram).sum() / (k.square().sum() * gram.square().sum()).sqrt()
 
 
 def eager_layer_projection_loss(
@@ -337,13 +353,32 @@ def eager_layer_projection_loss(
     temperature: float,
     **_: Any,
 ) -> Tensor:
-    """Mean over student layers and rows; objective "kl" alone."""
+    """Mean over student layers and rows, by KL of logits at a temperature."""
     assert objective == "kl"
     h, g = (torch.stack(list(layers), -2) for layers in (layers_s, layers_t))
     mixed = (h @ g.mT * scale).softmax(-1) @ g
     log_s, log_t = ((x / temperature).log_softmax(-1) for x in (h, mixed))
-    rows = F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
-    return rows.mean() * temperature**2
+    return F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1).mean()
+
+
+def eager_distance(
+    layers_s: Sequence[Tensor],
+    layers_t: Sequence[Tensor],
+    *,
+    objective: str,
+    mask: Tensor | None,
+    **_: Any,
+) -> Tensor:
+    """Mean over valid rows of 1 − cosine, or of the squared error, of one layer and another."""
+    student, teacher = layers_s[0], layers_t[0]
+    if objective == "cosine":
+        rows = 1 - F.cosine_similarity(student, teacher, dim=-1)
+    else:
+        rows = (student - teacher).square().mean(-1)
+    if mask is None:
+        return rows.mean()
+    valid = mask.to(rows.dtype)
+    return (rows * valid).sum() / valid.sum()
 
 
 @contextlib.contextmanager
@@ -352,7 +387,7 @@ def losses_of(variant: str) -> Iterator[None]:
     if variant not in ("eager", "compile"):
         yield
         return
-    from kdfast.losses import attention, memory, projection, structure
+    from kdfast.losses import attention, hidden, memory, projection, structure
 
     def made(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function if variant == "eager" else _compiled(function)
@@ -361,15 +396,17 @@ def losses_of(variant: str) -> Iterator[None]:
         """CKATeacher of one memory."""
 
         def __init__(self, layer: Tensor, **_: Any) -> None:
-            self.layer = layer
+            centred = _centred(layer, None)
+            self.gram = centred @ centred.mT
 
         def cka(self, layer: Tensor) -> Tensor:
-            return made(eager_cka)([layer], [self.layer])[0]
+            return made(eager_memory_cka)(layer, self.gram)
 
     places = (
         (attention, "attention_kl", made(eager_attention_kl)),
         (structure, "cka", made(eager_cka)),
         (projection, "layer_projection_loss", made(eager_layer_projection_loss)),
+        (hidden, "layer_projection_loss", made(eager_distance)),
         (memory, "CKATeacher", Teacher),
     )
     own = [getattr(module, name) for module, name, _ in places]
@@ -402,6 +439,9 @@ def measure(
     number."""
     from kdfast.distill.profile import profile
 
+    if reason := harness.too_large(needed(row), device):
+        return {**described(row), "shape": None, "tokens": None, "skipped": reason,
+                "variants": {}, "others": None, "wrong": []}  # fmt: skip
     torch.compiler.reset()
     _compiled.cache_clear()
     pair = make_pair(row.pair, row.tokens)
@@ -419,7 +459,7 @@ def measure(
         }  # fmt: skip
         variants[name] = record
         try:
-            stepper = Stepper(pair, row, name, batch)
+            stepper = Stepper(pair, row, name, batch, device)
             with losses_of(name):
                 record["loss"] = stepper.loss()
                 for _ in range(2):  # the first also allocates what the optimizer keeps
@@ -427,18 +467,20 @@ def measure(
                 record["parts"] = profile(stepper.trainer, [dict(stepper.batch)] * 3)
             steppers[name] = stepper
         except Exception as error:
-            memory = harness._out_of_memory(error)
+            memory = harness.out_of_memory(error)
             record["skipped"] = "out of memory" if memory else harness.one_line(error)
             if name.startswith("kdfast"):
                 wrong.append(f"{name}: {record['skipped']}")
             del error
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     losses = {name: v["loss"] for name, v in variants.items() if v["loss"] is not None}
     for name in ("compile", "kdfast", f"kdfast{CACHED}"):
         if {name, "eager"} <= losses.keys():
-            off = abs(losses[name] / losses["eager"] - 1)
-            if not off <= LOSS_TOLERANCE[row.dtype]:  # NaN is wrong too
-                own, eager = losses[name], losses["eager"]
+            own, eager = losses[name], losses["eager"]
+            # 1 − cos of states that are nearly equal is rounding.
+            if not abs(own - eager) <= LOSS_TOLERANCE[row.dtype] * abs(eager) + 1e-6:  # nor NaN
                 wrong.append(f"{name}: its loss is {own:.6g}, that of eager {eager:.6g}")
     if row.memory:
         for name in steppers:
@@ -447,7 +489,7 @@ def measure(
     gc.disable()
     others = harness.OtherWork() if device.type == "cpu" else None
     try:
-        for number, order in enumerate(harness._interleaved(list(steppers), rounds[1])):
+        for number, order in enumerate(harness.interleaved(list(steppers), rounds[1])):
             say(f"round {number + 1}")
             for name in order:
                 with losses_of(name):
@@ -460,16 +502,19 @@ def measure(
     for stepper in steppers.values():
         stepper.close()
     return {
-        "name": row.name,
-        "pair": row.pair,
-        "method": row.method,
+        **described(row),
         "shape": {"B": row.batch, "N": int(batch["input_ids"].shape[1])},
         "tokens": int(batch["attention_mask"].sum()),
-        "dtype": row.dtype,
+        "skipped": None,
         "variants": variants,
         "others": others and others.share(),
         "wrong": wrong,
     }
+
+
+def described(row: Row) -> dict[str, Any]:
+    """What the results say of a row before anything is measured."""
+    return {"name": row.name, "pair": row.pair, "method": row.method, "dtype": row.dtype}
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> float:
@@ -486,40 +531,49 @@ def _timed(step: Callable[[], None], device: torch.device) -> float:
 
 def _peak(row: Row, variant: str, device: torch.device) -> int | None:
     """Bytes of a step at its peak, models and optimizer included; of a process of its own."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        try:
-            return process.submit(
-                _peak_of_this_process, row, variant, device.type, torch.get_num_threads()
-            ).result()
-        except BrokenProcessPool:  # killed for want of memory
-            return None
+    found: int | None = harness.in_a_process(
+        _peak_of_this_process, row, variant, device.type, torch.get_num_threads()
+    )
+    return found
 
 
-def _peak_of_this_process(row: Row, variant: str, device: str, threads: int) -> int | None:
+def _peak_of_this_process(row: Row, variant: str, kind: str, threads: int) -> int | None:
     torch.set_num_threads(threads)
+    device = torch.device(kind)
+
+    def stepper(of: Row) -> Stepper:
+        pair = make_pair(of.pair, of.tokens)
+        pair.teacher.to(device)
+        return Stepper(pair, of, variant, make_batch(pair, of), device)
+
     with losses_of(variant):
-        tiny = Row("tiny", row.method, 2, 8)
-        Stepper(make_pair("tiny", 8), tiny, variant, make_batch(make_pair("tiny", 8), tiny)).step()
-    gc.collect()
-    before = 0 if device == "cuda" else harness._status("VmRSS")
-    pair = make_pair(row.pair, row.tokens)
-    pair.teacher.to(device)
-    stepper = Stepper(pair, row, variant, make_batch(pair, row))
-    with losses_of(variant):
-        for _ in range(2):
-            stepper.step()
+        stepper(Row("tiny", row.method, 2, 8)).step()  # a tiny step loads the code
         gc.collect()
-        if device == "cuda":
+        before = harness.status("VmRSS")
+        whole = stepper(row)
+        for _ in range(2):
+            whole.step()
+        if kind == "cuda":
+            gc.collect()
             torch.cuda.reset_peak_memory_stats()
-            stepper.step()
+            whole.step()
             return int(torch.cuda.max_memory_allocated())
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        except OSError:
-            return None
-        stepper.step()
-        return harness._status("VmHWM") - before
+        peak = harness.peak_of_process(whole.step)
+        return peak and peak[1] - before
+
+
+def needed(row: Row) -> int:
+    """Bytes, roughly, of all variants' trainers and the largest one's step: eager's."""
+    layers, width, heads, teacher, student, pairs = {
+        "bert": (6, 768, 12, 110e6, 67e6, 6),
+        "minilm": (3, 384, 12, 23e6, 17e6, 3),
+        "tiny": (2, 32, 2, 1e5, 1e5, 2),
+    }[row.pair]
+    tokens = row.batch * (row.tokens or 64)
+    trainers = 16 * student * (len(VARIANTS) - len(row.without))
+    maps = 0 if row.method == "universal" else 4 * pairs * tokens * (row.tokens or 64) * heads
+    size = 2 if row.dtype == "bfloat16" else 4
+    return int(4 * teacher + trainers + size * (maps + tokens * width * layers * 30))
 
 
 def run(
@@ -574,10 +628,13 @@ def markdown(results: dict[str, Any]) -> str:
 
     header = [
         "row", "soft labels, ms", "kdfast, ms", "of soft labels", "of eager", "of compile",
-        "losses", "memory of soft labels'", "of eager's",
+        "soft labels of fine-tuning", "losses", "tokens / s", "memory of soft labels'",
+        "of eager's",
     ]  # fmt: skip
     body = []
     for row in results["rows"]:
+        if row["skipped"]:
+            body.append([row["name"], row["skipped"], *[""] * (len(header) - 2)])
         for cached in ("", CACHED):
             own, base = f"kdfast{cached}", f"soft labels{cached}"
             if not row["variants"].get(own, {}).get("seconds"):
@@ -586,15 +643,22 @@ def markdown(results: dict[str, Any]) -> str:
                 [
                     row["name"] + cached,
                     *(_milliseconds(row, name) for name in (base, own)),
-                    *(_cost(row, own, name) for name in (base, "eager", "compile")),
+                    _cost(row, own, base),
+                    # Eager and compiled losses could read the same cache: no ratio to them there.
+                    *("" if cached else _cost(row, own, name) for name in ("eager", "compile")),
+                    "" if cached else _cost(row, base, "fine-tuning"),
                     f"{100 * share(row, own, 'losses'):.1f} %",
-                    *(_memory(row, own, name) for name in (base, "eager")),
+                    f"{row['tokens'] / statistics.median(row['variants'][own]['seconds']):,.0f}",
+                    _memory(row, own, base),
+                    "" if cached else _memory(row, own, "eager"),
                 ]
             )
     lines = [_table(header, body), ""]
     lines += [
         "Ratios of the time of a step, medians over rounds with the middle half's ends; attention "
-        'dropout is 0. "losses": their share of the step, forward and backward.',
+        'dropout is 0. "losses": their share of the step, forward and backward. bfloat16 is '
+        "autocast on a CPU and the models' own dtype on a GPU. The teacher's cache is read from "
+        "files that are in memory, those of one batch.",
         "",
         "Parts of a step, ms:",
         "",

@@ -218,7 +218,7 @@ def test_forward_makes_no_gradients() -> None:
 
 
 def test_every_round_begins_with_another_variant() -> None:
-    orders = list(harness._interleaved(["a", "b", "c"], 4))
+    orders = list(harness.interleaved(["a", "b", "c"], 4))
     assert [order[0] for order in orders] == ["a", "b", "c", "a"]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
 
