@@ -56,13 +56,13 @@ def text(results: Path) -> str:
             lines += [f"![{p.stem}]({p.relative_to(results.parent)})" for p in plots] + [""] * bool(
                 plots
             )
-    if not any(_device(folder) == "cuda" for folder in folders):
+    if not any("cuda" in _devices(folder) for folder in folders):
         lines += ["### GPUs", "", "No GPU has run the suite yet: there is no figure to show.", ""]
     return "\n".join([*lines, *_eight_gpus()])
 
 
 def operators(results: dict[str, Any]) -> str:
-    """Of each row the fastest backend of kdfast, against every baseline."""
+    """Each row and backend of kdfast, against every baseline."""
     names = dict.fromkeys(row["operator"] for row in results["rows"])
     parts = []
     for name in names:
@@ -80,9 +80,9 @@ def _plots(folder: Path, name: str) -> list[Path]:
             if (folder / x).is_file()]  # fmt: skip
 
 
-def _device(folder: Path) -> str | None:
-    file = folder / "results.json"
-    return json.loads(file.read_text(encoding="utf-8"))["device"] if file.is_file() else None
+def _devices(folder: Path) -> set[str]:
+    files = [folder / name for name in PARTS if (folder / name).is_file()]
+    return {json.loads(file.read_text(encoding="utf-8"))["device"] for file in files}
 
 
 def _eight_gpus() -> list[str]:

@@ -253,6 +253,9 @@ def _bench(options: argparse.Namespace) -> int:
             raise InputError(
                 f"{suites[0]} is a suite of its own: give no other operator, --tune or --against"
             )
+        for name in ("backend", "tolerance"):
+            if getattr(options, name) is not None:
+                raise InputError(f"--{name} is of --against REV, which is not given")
         return _bench_suite(options, suites[0])
     operators = options.operator or list(harness.OPERATORS)
     if options.tune and (options.source or options.report or options.operator):

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -253,14 +254,15 @@ class TeacherCache:
         names = _names(needs)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _alone(self.folder / "lock"):
-                missing = self._missing(names)
-                if missing:
-                    self._make(missing, run, progress)
+            (self.folder / "lock").touch()
         except OSError as error:
             raise InputError(
                 f"teacher_cache must be a folder that can be written, {self.folder} cannot: {error}"
             ) from error
+        with _alone(self.folder / "lock"):
+            missing = self._missing(names)
+            if missing:
+                self._make(missing, run, progress)
         self._items = {name: self._open(name) for name in names}
         size = _size(sum(item.bytes for item, _ in self._items.values()))
         if missing == names:
@@ -361,11 +363,12 @@ class TeacherCache:
     def _open(self, name: str) -> tuple[_Item, torch.Tensor]:
         path, about = self._files(name)
         item = _Item.read(about, self.key, name)
-        # Mapped privately: what lies on disk cannot be written to through it.
-        values = torch.from_file(
-            str(path), shared=False, size=math.prod(item.shape), dtype=getattr(torch, item.dtype)
-        )
-        return item, values.view(item.shape)
+        # Mapped to be read: neither written to nor counted as memory, however large it is.
+        mapped = np.memmap(path, dtype=np.uint8, mode="r", shape=(item.bytes,))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            values = torch.from_numpy(mapped)
+        return item, values.view(getattr(torch, item.dtype)).view(item.shape)
 
     def _make(
         self,
