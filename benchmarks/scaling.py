@@ -143,7 +143,7 @@ def problem(method: str, size: Size, device: torch.device) -> Callable[[], None]
         captured(shape, needs)
         for shape, needs in zip((student, teacher), recipe.needs(), strict=True)
     )
-    learned = [own.logits, *own.hidden_states.values()]
+    learned: list[Any] = [own.logits, *own.hidden_states.values()]
     learned += [x for layer in own.attention.values() for x in (layer.query, layer.key)]
     for x in learned:
         x.requires_grad_()

@@ -229,7 +229,8 @@ class Stepper:
         )  # fmt: skip
         trainer = self.trainer
         if row.dtype == "bfloat16" and cuda:
-            for model in (trainer.model, pair.teacher):
+            models: list[Any] = [trainer.model, pair.teacher]
+            for model in models:
                 model.to(torch.bfloat16)
         for part in trainer.recipe.fitted.values():
             part.stand_in()  # its values do not change the time
