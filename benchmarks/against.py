@@ -49,7 +49,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -499,20 +498,14 @@ def run(
             except Died as error:
                 of = revisions.get(role, revisions["new"])
                 raise InputError(f"{of} cannot run the benchmarks of this tree: {error}") from error
-        results: dict[str, Any] = {
-            "schema": 1,
-            "kind": "against",
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "complete": False,
-            "set": which,
-            "device": device.type,
-            "machine": harness.machine(device),
-            "versions": harness.versions(),
-            "backend": backend,
-            "tolerance": tolerance,
-            "revisions": {side: asdict(of) for side, of in revisions.items()},
-            "rows": [],
-        }
+        results = harness.begun(
+            which,
+            device,
+            kind="against",
+            backend=backend,
+            tolerance=tolerance,
+            revisions={side: asdict(of) for side, of in revisions.items()},
+        )
         for row in rows:
             say(f"{row.operator} {row.name}")
             results["rows"].append(

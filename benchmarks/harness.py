@@ -633,6 +633,21 @@ def rows_of(operators: Sequence[str], which: str, only: str) -> list[Row]:
     return rows
 
 
+def begun(which: str, device: torch.device, **more: Any) -> dict[str, Any]:
+    """The results of any suite before its first row; more: what is its own."""
+    return {
+        "schema": 1,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "complete": False,
+        "set": which,
+        "device": device.type,
+        "machine": machine(device),
+        "versions": versions(),
+        **more,
+        "rows": [],
+    }
+
+
 def run(
     operators: Sequence[str],
     device: torch.device,
@@ -645,17 +660,7 @@ def run(
     """Measure the rows of a set (by default that of the device); `write` sees each state."""
     which = which or device.type
     rows = rows_of(operators, which, only)
-    results: dict[str, Any] = {
-        "schema": 1,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "complete": False,
-        "set": which,
-        "device": device.type,
-        "machine": machine(device),
-        "versions": versions(),
-        "ceilings": None,
-        "rows": [],
-    }
+    results = begun(which, device, ceilings=None)
     quick = which == "quick"
     if seconds is None:
         seconds = 0.5 if quick else 15.0 if device.type == "cpu" else 1.5

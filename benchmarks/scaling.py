@@ -31,7 +31,6 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -280,17 +279,7 @@ def run(
     ]
     if not wanted:
         raise InputError(f"no axis of scale has {only!r} in its name: {', '.join(AXES)}")
-    results: dict[str, Any] = {
-        "schema": 1,
-        "suite": "scale",
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "complete": False,
-        "set": which,
-        "device": device.type,
-        "machine": harness.machine(device),
-        "versions": harness.versions(),
-        "rows": [],
-    }
+    results = harness.begun(which, device, suite="scale")
     clock = harness.Clock(device)
     with harness.progress(len(wanted)) as (say, advance):
         for axis, method in wanted:

@@ -36,7 +36,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -590,17 +589,7 @@ def run(
     rows = [row for row in ROWS[which] if only in row.name]
     if not rows:
         raise InputError(f"no row of the set {which!r} of step has {only!r} in its name")
-    results: dict[str, Any] = {
-        "schema": 1,
-        "suite": "step",
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "complete": False,
-        "set": which,
-        "device": device.type,
-        "machine": harness.machine(device),
-        "versions": harness.versions(),
-        "rows": [],
-    }
+    results = harness.begun(which, device, suite="step")
     quick = which == "quick"
     if seconds is None:
         seconds = 0.5 if quick else 90.0 if device.type == "cpu" else 5.0
