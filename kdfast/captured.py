@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -36,9 +36,48 @@ class Captured:
     """
 
     logits: torch.Tensor | None
-    hidden_states: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    attention: Mapping[int, LayerAttention] = field(default_factory=dict)
+    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+    attention: dict[int, LayerAttention] = field(default_factory=dict)
     attention_mask: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Of its tensors; a CPU if there are none."""
+        found = self.tensors()
+        return found[0].device if found else torch.device("cpu")
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All but the mask."""
+        logits = [] if self.logits is None else [self.logits]
+        layers = self.attention.values()
+        parts = [x for layer in layers for x in (layer.query, layer.key, layer.value)]
+        return [*logits, *self.hidden_states.values(), *(x for x in parts if x is not None)]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Captured:
+        """The same with function(x) in place of each tensor x but the mask."""
+        return Captured(
+            logits=None if self.logits is None else function(self.logits),
+            hidden_states={i: function(x) for i, x in self.hidden_states.items()},
+            attention={
+                i: replace(
+                    layer,
+                    query=function(layer.query),
+                    key=function(layer.key),
+                    value=None if layer.value is None else function(layer.value),
+                )
+                for i, layer in self.attention.items()
+            },
+            attention_mask=self.attention_mask,
+        )
+
+    def release(self, needs: Needs) -> None:
+        """Forget, in place, all layers but those of `needs`."""
+        for kept, wanted in (
+            (self.hidden_states, needs.hidden_states),
+            (self.attention, needs.attention),
+        ):
+            for layer in kept.keys() - set(wanted):
+                del kept[layer]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class TrainingConfig:
     """How a model is trained. Either steps or epochs.
 
     group_by_length: batches of texts of about one length, so that little padding is computed.
+    cuda_graphs: see DistillationArguments.
     arguments: any other field of transformers.TrainingArguments.
     """
 
@@ -52,6 +53,7 @@ class TrainingConfig:
     weight_decay: float = Field(default=0.01, ge=0)
     bf16: bool = False
     group_by_length: bool = False
+    cuda_graphs: bool = False
     save_every: int = Field(default=100, ge=1)
     log_every: int = Field(default=10, ge=1)
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)

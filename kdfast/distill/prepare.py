@@ -92,9 +92,10 @@ def prepare(
     )
     for part in missing.values():
         part.begin()
+    rows: dict[Fitted, int] = {}  # that the part's last pass read
     with bar, torch.no_grad():
         for number in range(passes):
-            _one_pass(
+            rows |= _one_pass(
                 [part for part in missing.values() if number < part.passes],
                 DataLoader(
                     dataset,
@@ -108,7 +109,7 @@ def prepare(
             )
     for name, part in missing.items():
         many = "1 pass" if part.passes == 1 else f"{part.passes} passes"
-        said.append(f"{part.what}: fitted in {many} over {len(order):,} rows")
+        said.append(f"{part.what}: fitted in {many} over {rows[part]:,} rows")
         if name in files:
             files[name].parent.mkdir(parents=True, exist_ok=True)
             partial = files[name].with_name(f"{files[name].name}.{os.getpid()}.partial")
@@ -122,18 +123,21 @@ def _one_pass(
     batches: Iterable[dict[str, torch.Tensor]],
     run_teacher: Callable[[dict[str, torch.Tensor]], tuple[Captured, torch.Tensor | None]],
     bar: Any,
-) -> None:
-    """All parts read each batch of the teacher's once."""
+) -> dict[Fitted, int]:
+    """All parts read each batch of the teacher's once; returns how many rows each has read."""
+    rows = dict.fromkeys(parts, 0)
     for batch in batches:
         bar.update()
         teacher, labels = run_teacher(batch)
         for part in parts:
             if not part.has_enough:
                 part.see(teacher, labels)
+                rows[part] += len(next(iter(batch.values())))
         if all(part.has_enough for part in parts):
             break
     for part in parts:
         part.end_pass()
+    return rows
 
 
 def _file(directory: Path, part: Fitted, keys: list[Any]) -> Path:

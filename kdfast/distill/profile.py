@@ -93,13 +93,13 @@ def _profile(
                 for_student, forward=model, needs=own, whole=trainer._runs_whole
             )
             seconds["student"].append(clock.lap())
-            leaves = _leaves(student)
-            losses = trainer.recipe(_replaced(student, leaves), teacher, labels, at)
+            learner, leaves = _cut(student)
+            losses = trainer._losses(learner, teacher, labels, at)
             loss = trainer.recipe.total(losses, at)
         loss.backward()
         seconds["losses"].append(clock.lap())
-        reached = [(x, leaf.grad) for x, leaf in leaves.values() if leaf.grad is not None]
-        del leaves, loss, losses, student, teacher
+        reached = [(x, leaf.grad) for x, leaf in leaves if leaf.grad is not None]
+        del leaves, learner, loss, losses, student, teacher
         torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
         del reached
         seconds["backward"].append(clock.lap())
@@ -129,30 +129,14 @@ class _Clock:
         return time.perf_counter()
 
 
-def _leaves(student: Captured) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Each tensor of the student's graph by its id, with a leaf to take its place."""
-    layers = student.attention.values()
-    tensors = [student.logits, *student.hidden_states.values()]
-    tensors += [x for layer in layers for x in (layer.query, layer.key, layer.value)]
-    return {
-        id(x): (x, x.detach().requires_grad_())
-        for x in tensors
-        if x is not None and x.requires_grad
-    }
+def _cut(student: Captured) -> tuple[Captured, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The same on leaves, and each tensor of the student's graph with the leaf in its place."""
+    leaves = []
 
+    def leaf(x: torch.Tensor) -> torch.Tensor:
+        if not x.requires_grad:
+            return x
+        leaves.append((x, x.detach().requires_grad_()))
+        return leaves[-1][1]
 
-def _replaced(student: Captured, leaves: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Captured:
-    def leaf(x: Any) -> Any:
-        return leaves[id(x)][1] if id(x) in leaves else x
-
-    return dataclasses.replace(
-        student,
-        logits=leaf(student.logits),
-        hidden_states={i: leaf(x) for i, x in student.hidden_states.items()},
-        attention={
-            i: dataclasses.replace(
-                layer, query=leaf(layer.query), key=leaf(layer.key), value=leaf(layer.value)
-            )
-            for i, layer in student.attention.items()
-        },
-    )
+    return student.map(leaf), leaves

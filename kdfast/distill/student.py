@@ -411,6 +411,7 @@ def arguments(
             attention_dropout=way.student.attention_dropout,
             prepared_dir=None if prepared is None else str(prepared),
             teacher_cache=cache,
+            cuda_graphs=training.cuda_graphs,
             **values,
         )
     except (TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
 import warnings
@@ -236,6 +237,7 @@ class TeacherCache:
         lengths = inputs.lengths[self.order]
         self.start = (np.cumsum(lengths) - lengths)[self.rank]
         self._items: dict[str, tuple[_Item, torch.Tensor]] = {}
+        self._mapped: list[mmap.mmap] = []
 
     def fill(
         self,
@@ -263,6 +265,7 @@ class TeacherCache:
             missing = self._missing(names)
             if missing:
                 self._make(missing, run, progress)
+        self._mapped.clear()
         self._items = {name: self._open(name) for name in names}
         size = _size(sum(item.bytes for item, _ in self._items.values()))
         if missing == names:
@@ -283,6 +286,9 @@ class TeacherCache:
         needs: all of it among what was filled. attention_mask: of the teacher's inputs.
         """
         values = {name: self._batch(name, rows, device) for name in _names(needs)}
+        # Otherwise all that was ever read would count as this process's memory.
+        for mapped in self._mapped:
+            mapped.madvise(mmap.MADV_DONTNEED)
         attention = {}
         for layer in sorted(needs.attention):
             about = self._items[f"query-{layer}"][0].attention
@@ -363,11 +369,12 @@ class TeacherCache:
     def _open(self, name: str) -> tuple[_Item, torch.Tensor]:
         path, about = self._files(name)
         item = _Item.read(about, self.key, name)
-        # Mapped to be read: neither written to nor counted as memory, however large it is.
-        mapped = np.memmap(path, dtype=np.uint8, mode="r", shape=(item.bytes,))
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), item.bytes, access=mmap.ACCESS_READ)
+        self._mapped.append(mapped)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable.*")
-            values = torch.from_numpy(mapped)
+            values = torch.frombuffer(mapped, dtype=torch.uint8)
         return item, values.view(getattr(torch, item.dtype)).view(item.shape)
 
     def _make(

@@ -39,6 +39,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from kdfast.captured import Captured, Needs
 from kdfast.distill.capture import Capture, model_shape
 from kdfast.distill.data import DistillationCollator, same_vocabulary
+from kdfast.distill.graphs import Graphs
 from kdfast.distill.models import set_attention_dropout
 from kdfast.distill.prepare import prepare
 from kdfast.distill.stages import StageClock, stage_steps
@@ -71,7 +72,15 @@ class DistillationArguments(TrainingArguments):
     are kept for other runs on the same teacher and data; None fits them every time.
     teacher_cache: a folder for all that the recipe reads of the teacher on the training data, so
     that the teacher runs over it once, before the first step, and not at all in later runs; it
-    waits on the CPU while the student trains. None runs it in every step.
+    waits on the CPU while the student trains. None runs it in every step. Files of a cache beyond
+    1 GiB are checked in 64 places each, smaller ones whole, before they are used.
+    cuda_graphs: record the teacher's forward pass, and the losses with their gradients, once for
+    each set of shapes (up to 32 a stage), and replay them: for small batches on an NVIDIA GPU,
+    which wait for launches. A set of shapes keeps what the losses read of both models, and its
+    gradients, so pad to few lengths (DistillationCollator's pad_to, or equal texts). Of one
+    process, not with fp16 or torch_compile (whose mode "reduce-overhead" makes graphs of student
+    and teacher, but not of the losses). Losses that change from step to step (annealing) and those
+    that look at their labels (rerankers) are launched as ever. No GPU has run it yet.
     """
 
     recipe: str = field(default="internal", metadata={"help": "name of the recipe"})
@@ -86,6 +95,9 @@ class DistillationArguments(TrainingArguments):
     )
     teacher_cache: str | None = field(
         default=None, metadata={"help": "where the teacher's internals are kept and reused"}
+    )
+    cuda_graphs: bool = field(
+        default=False, metadata={"help": "replay teacher and losses as CUDA graphs, one a shape"}
     )
     # The Trainer's own default looks at the loss of every step, and waits for the device to do so.
     logging_nan_inf_filter: bool = field(
@@ -259,6 +271,10 @@ class DistillationTrainer(Trainer):
                     backend=self.args.torch_compile_backend or "inductor",
                     mode=self.args.torch_compile_mode,
                 )
+        self._graphs: Graphs | None = None
+        if args.cuda_graphs:
+            _check_graphs(self.args)
+            self._graphs = Graphs(recipe, self._run_teacher)
         captures = {"student": self._student_capture, "teacher": self._teacher_capture}
         announcement += [
             f"  {role} attention runs as SDPA, not {capture.replaced}, while distilling"
@@ -313,7 +329,7 @@ class DistillationTrainer(Trainer):
             needs=own,
             whole=return_outputs or self._runs_whole,
         )
-        losses = self._weigh(self.recipe(student, teacher, labels, at), inputs)
+        losses = self._weigh(self._losses(student, teacher, labels, at), inputs)
         if self._clock is not None:
             self._clock.observe(losses)
         self._accumulate(losses)
@@ -326,6 +342,19 @@ class DistillationTrainer(Trainer):
                 if isinstance(value, torch.Tensor) and value.requires_grad:
                     loss = loss + 0 * value.sum()
         return (loss, outputs) if return_outputs else loss
+
+    def _losses(
+        self,
+        student: Captured,
+        teacher: Captured | None,
+        labels: torch.Tensor | None,
+        at: Moment,
+    ) -> dict[str, torch.Tensor]:
+        if self._graphs is not None:
+            replayed = self._graphs.losses(student, teacher, labels, at)
+            if replayed is not None:
+                return replayed
+        return self.recipe(student, teacher, labels, at, release=True)
 
     @property
     def _runs_whole(self) -> bool:
@@ -389,10 +418,17 @@ class DistillationTrainer(Trainer):
         return student, {k: v for k, v in student.items() if k != "labels"}
 
     def _teacher_of(
-        self, inputs: dict[str, Any], needs: Needs, rows: TeacherRows | None
+        self,
+        inputs: dict[str, Any],
+        needs: Needs,
+        rows: TeacherRows | None,
+        *,
+        replayed: bool = True,
     ) -> Captured:
         if self._cache is None:
-            return self._run_teacher(inputs, needs)
+            if self._graphs is None or not replayed:
+                return self._run_teacher(inputs, needs)
+            return self._graphs.teacher(inputs, needs)
         if rows is None:
             raise InputError(
                 "teacher_cache reads a row of the training data by its number, and this batch has "
@@ -614,7 +650,9 @@ class DistillationTrainer(Trainer):
         def run_teacher(batch: dict[str, Any]) -> tuple[Captured, torch.Tensor | None]:
             inputs: Any = self._prepare_inputs(batch)
             _, own = self._split(inputs, training=True)
-            return self._teacher_of(own, needs, inputs.get(ROW)), inputs.get("labels")
+            # Each batch comes a few times only: no graph of it is worth its memory.
+            teacher = self._teacher_of(own, needs, inputs.get(ROW), replayed=False)
+            return teacher, inputs.get("labels")
 
         return prepare(
             parts,
@@ -756,6 +794,8 @@ class DistillationTrainer(Trainer):
         assert self._clock is not None
         if not self._clock.after(step, self._over_processes):
             return
+        if self._graphs is not None:
+            self._graphs.clear()
         scheduler: Any = self.lr_scheduler
         if self.recipe.stages[self._clock.stage].restart:
             assert self.optimizer is not None
@@ -778,6 +818,8 @@ class DistillationTrainer(Trainer):
 
     def close(self) -> None:
         """Give both models their own attention functions back; the trainer is done."""
+        if self._graphs is not None:
+            self._graphs.clear()
         self._student_capture.close()
         if self._teacher_capture is not None:
             self._teacher_capture.close()
@@ -924,6 +966,20 @@ def _options(args: DistillationArguments) -> dict[str, Any]:
     return options
 
 
+def _check_graphs(args: Any) -> None:
+    for wrong, what in (
+        (args.device.type != "cuda", f"the device is {args.device}"),
+        (args.world_size > 1, f"there are {args.world_size} processes"),
+        (args.torch_compile, "torch_compile is on"),
+        (args.fp16, "fp16 scales losses before their gradients are made"),
+    ):
+        if wrong:
+            raise InputError(
+                f"cuda_graphs replays teacher and losses on one CUDA GPU, in float32 or bfloat16, "
+                f"and {what}: leave it out"
+            )
+
+
 def _check_arguments(args: Any) -> None:
     if not isinstance(args, DistillationArguments):
         raise InputError(f"args must be DistillationArguments, was {type(args).__name__}")
@@ -943,6 +999,9 @@ def _check_arguments(args: Any) -> None:
         args.gradient_checkpointing_kwargs = kwargs
         if hasattr(args, "activation_checkpointing_kwargs"):
             args.activation_checkpointing_kwargs = kwargs
+    if args.dataloader_pin_memory:  # else each batch would wait until it is on the device
+        loading: Any = args.accelerator_config
+        loading.non_blocking = True
     if args.label_smoothing_factor:
         raise InputError(
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on a recipe's "

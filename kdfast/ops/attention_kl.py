@@ -422,11 +422,11 @@ class _AttentionKL(torch.autograd.Function):
         if fused:
             losses, *gradients = _FUSED[backend](*inputs, reduction, ctx.tokens_first)
             # Beside the saved tensors, so that backward may scale the gradients where they lie;
-            # what packs saved tensors (offloading) does not see them.
+            # what packs saved tensors (offloading) does not see them. The teacher is let go.
             compiling = torch.compiler.is_compiling()
             ctx.made = None if compiling else gradients
             extra = gradients if compiling else ()
-            ctx.save_for_backward(*dispatch.kept(ctx, [*masks, *tensors, *extra]))
+            ctx.save_for_backward(*dispatch.kept(ctx, [*tensors[: 2 * ctx.pairs], *extra]))
             return losses
         rows, inner, lse_s, lse_t = _FORWARD[backend](*inputs)
         heads = [query.shape[1] for query in sides[0]]
@@ -440,45 +440,41 @@ class _AttentionKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        everything = dispatch.restored(ctx)
-        masks, tensors = everything[:3], everything[3 : 3 + 4 * ctx.pairs]
-        saved = everything[3 + 4 * ctx.pairs :]
+        restored = dispatch.restored(ctx)
+        gradients: list[Tensor | None]
         with torch.no_grad():
             if ctx.fused:
-                gradients = _scaled(ctx, grad, masks, tensors, saved)
+                tensors, made = restored[: 2 * ctx.pairs], restored[2 * ctx.pairs :]
+                gradients = _scaled(ctx, grad, tensors, made)
             else:
-                gradients = _recomputed(ctx, grad, masks, tensors, saved)
-        wanted = ctx.needs_input_grad[-4 * ctx.pairs :]
+                masks, tensors = restored[:3], restored[3 : 3 + 4 * ctx.pairs]
+                gradients = _recomputed(ctx, grad, masks, tensors, restored[3 + 4 * ctx.pairs :])
+        wanted = ctx.needs_input_grad[-4 * ctx.pairs :][: len(tensors)]
         gradients = [x if wants else None for x, wants in zip(gradients, wanted, strict=True)]
-        return (None,) * 12 + tuple(dispatch.first_derivatives("attention_kl", gradients, tensors))
+        gradients = dispatch.first_derivatives("attention_kl", gradients, tensors)
+        return (None,) * 12 + tuple(gradients) + (None,) * (4 * ctx.pairs - len(tensors))
 
 
 def _scaled(
-    ctx: Any,
-    grad: Tensor,
-    masks: tuple[Tensor | None, ...],
-    tensors: tuple[Tensor, ...],
-    saved: tuple[Tensor, ...],
+    ctx: Any, grad: Tensor, tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...]
 ) -> list[Tensor | None]:
-    """The gradients made in forward, times the upstream gradient."""
-    query_s, key_s, query_t, key_t = _sides(tensors)
-    flat, ctx.made = saved or ctx.made, None
-    if flat is None:  # a second backward through one graph
-        _, *flat = _FUSED[ctx.backend](
-            query_s, key_s, query_t, key_t, *masks, *ctx.scales, *ctx.options, ctx.direction,
-            ctx.reduction, ctx.tokens_first,
-        )  # fmt: skip
+    """The gradients made in forward, of the student's tensors, times the upstream gradient."""
+    flat = saved or ctx.made
+    keep = bool(saved) or dispatch.keeps_graph()
+    if not keep:
+        ctx.made = None
     upstream = grad.unbind()
     gradients: list[Tensor | None] = []
-    for side, like in zip(flat, (query_s, key_s), strict=True):
+    for side, first in zip(flat, (0, ctx.pairs), strict=True):
+        like = tensors[first : first + ctx.pairs]
         pieces = _cut(side, like, ctx.tokens_first)
         for piece, x, factor in zip(pieces, like, upstream, strict=True):
-            if saved:
+            if keep:
                 piece = piece * factor
             elif x.device.type != "cpu" or factor != 1:
                 piece.mul_(factor)
             gradients.append(piece.to(x.dtype))
-    return gradients + [None] * (2 * ctx.pairs)
+    return gradients
 
 
 def _recomputed(
@@ -531,7 +527,7 @@ def _tokens_first(query: Tensor) -> bool:
     return bool(query.stride(1) < query.stride(2))
 
 
-def _cut(flat: Tensor, like: list[Tensor], tokens_first: bool) -> list[Tensor]:
+def _cut(flat: Tensor, like: Sequence[Tensor], tokens_first: bool) -> list[Tensor]:
     pieces = flat.split([x.numel() for x in like])
     if not tokens_first:
         return [piece.view(x.shape) for piece, x in zip(pieces, like, strict=True)]

@@ -184,6 +184,13 @@ def restored(ctx: Any) -> tuple[Any, ...]:
     return tuple(ctx.inference.get(i, x) for i, x in enumerate(saved)) if ctx.inference else saved
 
 
+def keeps_graph() -> bool:
+    """Whether the backward pass under way leaves its graph for another one (retain_graph=True)."""
+    # Not part of PyTorch's stated interface; a copy is the safe answer without it.
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
+
+
 def distinct(tensors: Sequence[Any]) -> list[Any]:
     """The same tensors (or None), those that come again as views."""
     return [

@@ -266,7 +266,7 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         mask, weights, *layers = dispatch.restored(ctx)
-        wanted = _wanted(ctx, layers)
+        wanted = _wanted(ctx.needs_input_grad[-len(layers) :])
         nothing = layers[0].new_zeros(layers[0].shape[-1:]).expand_as(layers[0])
         grad_projected = [nothing if x is None else _dense(x) for x in grads[:-1]]
         grad_weights = torch.zeros_like(weights) if grads[-1] is None else _dense(grads[-1])
@@ -304,43 +304,52 @@ class _Loss(torch.autograd.Function):
         factor = _factor(layers[0], many_s, mask, reduction)
         gradients: list[Tensor] = []
         if fused and factor is not None:
-            wanted = _wanted(ctx, layers)
+            wanted = _wanted(ctx.needs_input_grad[-len(layers) :])
             rows, *gradients = _FUSED[backend](_spread(factor, layers[0], many_s), *inputs, wanted)
         else:
             rows = _FORWARD[backend](*inputs)
         # Beside the saved tensors, so that backward may scale the gradients where they lie; what
-        # packs saved tensors (offloading) does not see them.
+        # packs saved tensors (offloading) does not see them. What has no gradient is let go.
         compiling = torch.compiler.is_compiling()
         ctx.made = None if compiling else gradients
-        extra = gradients if compiling else ()
-        ctx.save_for_backward(*dispatch.kept(ctx, [mask, factor, *layers, *extra]))
+        ctx.fused = bool(gradients)
+        saved: list[Tensor | None] = [mask, factor, *layers]
+        if gradients:
+            saved = [*(layers[i] for i in wanted), *(gradients if compiling else [])]
+        ctx.save_for_backward(*dispatch.kept(ctx, saved))
         return rows if reduction == "none" else rows.sum() * factor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, factor, *rest = dispatch.restored(ctx)
-        many = len(ctx.needs_input_grad) - 9
-        layers, saved = rest[:many], rest[many:]
-        many_s = ctx.many_s
-        inputs = (layers[:many_s], layers[many_s:], mask, *ctx.options)
-        wanted = _wanted(ctx, layers)
+        restored = list(dispatch.restored(ctx))
+        needs = ctx.needs_input_grad[9:]
+        wanted = _wanted(needs)
         with torch.no_grad():
-            made, ctx.made = saved or ctx.made, None
-            if ctx.reduction == "none":
-                made = _BACKWARD[ctx.backend](grad, *inputs, wanted)
-            elif not made:  # not fused, or a second backward through one graph
+            if ctx.fused:
+                learners, saved = restored[: len(wanted)], restored[len(wanted) :]
+                made = _scaled(ctx, grad, saved)
+            else:
+                mask, factor, *layers = restored
+                if ctx.reduction != "none":
+                    grad = _spread(grad * factor, layers[0], ctx.many_s)
                 made = _BACKWARD[ctx.backend](
-                    _spread(grad * factor, layers[0], many_s), *inputs, wanted
+                    grad, layers[: ctx.many_s], layers[ctx.many_s :], mask, *ctx.options, wanted
                 )
-            elif saved:
-                made = [x * grad for x in made]
-            elif grad != 1:
-                for x in made:
-                    x.mul_(grad)
-        gradients = _placed(made, wanted, layers)
-        return (None,) * 9 + tuple(
-            dispatch.first_derivatives("layer_projection_loss", gradients, layers)
-        )
+                learners = [layers[i] for i in wanted]
+        gradients = dispatch.first_derivatives("layer_projection_loss", made, learners)
+        return (None,) * 9 + tuple(_placed(gradients, wanted, needs))
+
+
+def _scaled(ctx: Any, grad: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients made in forward, times the upstream gradient."""
+    if saved or dispatch.keeps_graph():
+        return [x * grad for x in saved or ctx.made]
+    made: list[Tensor] = ctx.made
+    ctx.made = None
+    if grad != 1:
+        for x in made:
+            x.mul_(grad)
+    return made
 
 
 def _factor(like: Tensor, many_s: int, mask: Tensor | None, reduction: str) -> Tensor | None:
@@ -360,12 +369,12 @@ def _spread(value: Tensor, like: Tensor, many_s: int) -> Tensor:
     return value.expand(like.shape[0], like.shape[1], many_s)
 
 
-def _wanted(ctx: Any, layers: Sequence[Tensor]) -> list[int]:
-    return [i for i, needed in enumerate(ctx.needs_input_grad[-len(layers) :]) if needed]
+def _wanted(needs: Sequence[bool]) -> list[int]:
+    return [i for i, needed in enumerate(needs) if needed]
 
 
 def _placed(
-    made: Sequence[Tensor], wanted: Sequence[int], layers: Sequence[Tensor]
+    made: Sequence[Tensor | None], wanted: Sequence[int], layers: Sequence[Any]
 ) -> list[Tensor | None]:
     gradients: list[Tensor | None] = [None] * len(layers)
     for i, gradient in zip(wanted, made, strict=True):

@@ -19,6 +19,8 @@ from kdfast.recipes.terms import LabelTerm, logits_of
 class AnnealingTerm(Term):
     """Student logits with the teacher's times φ, of every sequence or of every valid token."""
 
+    replayable = False  # φ rises
+
     def __init__(self, weight: Any, *, levels: int, token_logits: bool) -> None:
         super().__init__(
             weight, f"student logits with teacher logits times 1/{levels} to 1, squared error"

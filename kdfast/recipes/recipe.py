@@ -22,8 +22,9 @@ class Term(nn.Module):
     same token ids. unit: what its mean runs over, "samples", valid "tokens" or "labels"; micro-
     batches are weighted by their number of them. couples_samples: the loss of a batch is no mean of
     its samples' losses, so the batch must be seen whole. needs_labels: it cannot do without labels.
-    layers: the student layers that it trains, if it is made of layer pairs. describe: what the
-    table at the start shows of it.
+    layers: the student layers that it trains, if it is made of layer pairs; by_layer: its loss is
+    the sum of those of its layers. replayable: it is the same sequence of operations at every step,
+    which none of them waits for. describe: what the table at the start shows of it.
     """
 
     needs_labels = False
@@ -31,6 +32,8 @@ class Term(nn.Module):
     unit = "samples"
     couples_samples = False
     layers: tuple[int, ...] = ()
+    by_layer = False
+    replayable = True
 
     def __init__(self, weight: Any, describe: str) -> None:
         super().__init__()
@@ -47,6 +50,15 @@ class Term(nn.Module):
     ) -> torch.Tensor:
         """The unweighted loss, a scalar, at this moment of the training."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A term for some student layers (None: all). later: what is read of the teacher afterwards."""
+
+    term: str
+    layers: tuple[int, ...] | None
+    later: Needs
 
 
 class Fitted(nn.Module):
@@ -134,6 +146,7 @@ class Recipe(nn.Module):
         self.notes = list(notes)
         self.stages = _stages(name, stages, terms, kept)
         self.token_aligned = [key for key, term in kept.items() if term.token_aligned]
+        self._plans: dict[tuple[int, bool], list[Call]] = {}
 
     @property
     def fitted(self) -> dict[str, Fitted]:
@@ -172,16 +185,46 @@ class Recipe(nn.Module):
         teacher: Captured | None,
         labels: torch.Tensor | None,
         at: Moment | None = None,
+        *,
+        release: bool = False,
     ) -> dict[str, torch.Tensor]:
+        """release: tensors are taken out of `teacher` once no further loss reads them. On a CPU,
+        which needs no launches of many layers, losses are then taken layer by layer, so that the
+        teacher's tensors go as the gradients come."""
         at = at or Moment()
         at = dataclasses.replace(at, layers=self.stages[at.stage].layers)
         if teacher is None:
             if self.needs_teacher(at.stage):
                 raise ValueError(f"recipe '{self.name}' needs a teacher, got None")
             teacher = Captured(logits=None)
-        return {
-            name: term(student, teacher, labels, at) for name, term in self.active(at.stage).items()
-        }
+        losses: dict[str, torch.Tensor] = {}
+        for call in self._plan(at.stage, release and student.device.type == "cpu"):
+            now = dataclasses.replace(at, layers=call.layers)
+            loss = self.terms[call.term](student, teacher, labels, now)
+            losses[call.term] = losses[call.term] + loss if call.term in losses else loss
+            if release:
+                teacher.release(call.later)
+        return {name: losses[name] for name in self.active(at.stage)}
+
+    def _plan(self, stage: int, by_layer: bool) -> list[Call]:
+        if (stage, by_layer) not in self._plans:
+            layers, active = self.stages[stage].layers, self.active(stage)
+            calls: list[tuple[str, tuple[int, ...] | None]] = []
+            apart: list[tuple[int, str]] = []
+            for name, term in active.items():
+                if by_layer and term.by_layer:
+                    apart += [(i, name) for i in set(term.layers) if layers is None or i in layers]
+                else:
+                    calls.append((name, layers))
+            # In the order of the layers, and of the terms within one.
+            calls += [(name, (i,)) for i, name in sorted(apart, key=lambda pair: pair[0])]
+            later = Needs()
+            plan = []
+            for name, of in reversed(calls):
+                plan.append(Call(name, of, later))
+                later = later | active[name].needs(of)[1]
+            self._plans[stage, by_layer] = plan[::-1]
+        return self._plans[stage, by_layer]
 
     def total(self, losses: dict[str, torch.Tensor], at: Moment | None = None) -> torch.Tensor:
         progress = 0.0 if at is None else at.progress

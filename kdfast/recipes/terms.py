@@ -32,6 +32,7 @@ class LabelTerm(Term):
     def __init__(self, weight: Any, student: ModelShape) -> None:
         super().__init__(weight, "student logits with labels")
         self.shape = student
+        self.replayable = not student.binary  # whose labels are looked at
 
     def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
         return Needs(logits=True), Needs()
@@ -106,6 +107,7 @@ class HiddenTerm(Term):
         self.loss = loss
         self.pairs = pairs
         self.layers = tuple(i for i, _ in pairs)
+        self.by_layer = getattr(loss, "layers", None) == "sum"
         self.token_aligned = token_aligned
         self.unit = getattr(loss, "unit", "samples")
         self.couples_samples = getattr(loss, "couples_samples", False)
@@ -142,6 +144,7 @@ class AttentionTerm(Term):
         self.loss = loss
         self.pairs = pairs
         self.layers = tuple(i for i, _ in pairs)
+        self.by_layer = loss.layers == "sum"
         self.unit = loss.unit
 
     def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:

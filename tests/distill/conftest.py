@@ -1,10 +1,16 @@
 """A random two-family zoo small enough to train in a second, with tokenizers and sentences."""
 
+import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -81,6 +87,40 @@ def make_sentences():
 @pytest.fixture
 def teacher(tiny_bert):
     return AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+
+
+class Processes:
+    """Trains the same small student in one process or several, and compares what they saved."""
+
+    def __init__(self, model, folder):
+        self.model, self.folder = model, folder
+
+    def __call__(self, processes, **changes):
+        """What was printed. changes: of DistillationArguments."""
+        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        launch += [f"--master_port={29500 + os.getpid() % 1000}"]
+        command = [
+            *(sys.executable, *(launch if processes > 1 else [])),
+            *(Path(__file__).with_name("train_in_processes.py"), self.model),
+            *(self.folder / f"{processes}-processes", json.dumps(changes)),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-6000:]
+        return result.stdout
+
+    def agree(self, *names):
+        for name in names:
+            one, two = (
+                load_file(self.folder / f"{processes}-processes" / f"{name}.safetensors")
+                for processes in (1, 2)
+            )
+            for key, value in one.items():
+                torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def trained_in_processes(tiny_bert, tmp_path):
+    return Processes(tiny_bert, tmp_path)
 
 
 @pytest.fixture

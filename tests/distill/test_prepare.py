@@ -72,6 +72,11 @@ def test_all_parts_of_a_recipe_share_the_passes(make_trainer):
                 assert torch.equal(value, together.recipe.fitted[name].fitted_state()[field])
 
 
+def test_a_part_that_has_enough_says_how_many_rows_it_read(make_trainer):
+    (said,) = make_trainer("universal", recipe_options={"pseudo_rows": 20})._prepare_recipe()
+    assert said.endswith("fitted in 1 pass over 32 rows")  # a batch, of 48
+
+
 @pytest.mark.parametrize("loss", ["global", "pseudo_projection"])
 def test_an_interrupted_fit_is_forgotten(make_trainer, loss, monkeypatch):
     losses = [{"loss": loss} | ({"clusters": 8} if loss == "global" else {})]

@@ -86,7 +86,8 @@ def test_distill_writes_table_plots_json_and_students(settings, run):
     assert results["comparison"]["reference"] == "soft_labels"
     for name in ("scores", "losses", "cka"):
         assert (run_dir / "plots" / f"{name}.png").stat().st_size > 5000
-    assert "plots/cka.png" in (run_dir / "results.md").read_text()
+    text = (run_dir / "results.md").read_text()
+    assert "plots/cka.png" in text and "Parts of a step" in text
     assert not list(run_dir.rglob("*.partial"))
 
 

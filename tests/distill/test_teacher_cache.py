@@ -1,11 +1,8 @@
 """The teacher's part kept on disk: the same losses without a teacher, never a wrong byte."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -599,70 +596,31 @@ def test_all_students_of_a_run_share_it(tiny_bert, csv_file, tmp_path, capsys):
     assert not (tmp_path / "three").exists()
 
 
-SCRIPT = """
-    import sys
-    import datasets, torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from kdfast import DistillationArguments, DistillationTrainer
-    from kdfast.distill.data import DistillationCollator, tokenize
-    from kdfast.distill.models import cut_student
-
-    model, output, batch, cache = sys.argv[1:]
-    torch.set_num_threads(1)
-    teacher = AutoModelForSequenceClassification.from_pretrained(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = ["good film", "bad plot", "the film is fine", "awful film was awful"] * 8
-    rows = datasets.Dataset.from_dict({"text": texts, "label": [1, 0, 1, 0] * 8})
-    torch.manual_seed(1)
-    student = cut_student(teacher, 2, label_names=["neg", "pos"])
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    ran = []
-    teacher.register_forward_pre_hook(lambda *_: ran.append(1))
-    trainer = DistillationTrainer(
-        model=student, teacher=teacher,
-        args=DistillationArguments(
-            output_dir=output, recipe="internal", recipe_options={"cosine_rows": "tokens"},
-            max_steps=3, use_cpu=True, report_to="none", per_device_train_batch_size=int(batch),
-            learning_rate=1e-2, optim="sgd", save_strategy="no", disable_tqdm=True,
-            teacher_cache=None if cache == "none" else cache, dataloader_num_workers=1,
-        ),
-        train_dataset=tokenize(rows, tokenizer, 32),
-        data_collator=DistillationCollator(tokenizer),
-        processing_class=tokenizer,
-    )
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="needs Linux")
+def test_what_was_read_does_not_stay_in_memory(cached, tmp_path):
+    trainer = cached("internal")
     trainer.train()
-    print("teacher ran", len(ran))
-    trainer.save_model(output)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-"""
+    mapped = {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if ".bin" in line:
+            mapped[name := line.split()[-1]] = None
+        elif line.startswith("Rss:") and mapped and mapped[name] is None:
+            mapped[name] = int(line.split()[1])
+    of_cache = {Path(k).stem: v for k, v in mapped.items() if str(folder(tmp_path)) in k}
+    assert of_cache == dict.fromkeys(items(tmp_path), 0)
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_makes_it_and_the_other_waits(tiny_bert, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
-    launch += [f"--master_port={29500 + os.getpid() % 1000}"]
-    for name, arguments, batch, cache in (
-        ("one", [], 8, "none"),
-        ("two", launch, 4, str(tmp_path / "cache")),
-    ):
-        command = [
-            sys.executable,
-            *arguments,
-            script,
-            tiny_bert,
-            tmp_path / name,
-            str(batch),
-            cache,
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr[-6000:]
-    ran = sorted(line for line in result.stdout.splitlines() if line.startswith("teacher ran"))
+def test_of_two_processes_one_makes_it_and_the_other_waits(trained_in_processes, tmp_path):
+    options = {"recipe": "internal", "recipe_options": {"cosine_rows": "tokens"}}
+    trained_in_processes(1, **options, per_device_train_batch_size=8)
+    printed = trained_in_processes(
+        2,
+        **options,
+        per_device_train_batch_size=4,
+        teacher_cache=str(tmp_path / "cache"),
+        dataloader_num_workers=1,
+    )
+    ran = sorted(line for line in printed.splitlines() if line.startswith("teacher ran"))
     assert ran == ["teacher ran 0", "teacher ran 3"]
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
+    trained_in_processes.agree("model")

@@ -126,6 +126,26 @@ def test_triton_serves_nvidia_gpus_from_compute_capability_8_on(
     assert reason is None if served else "compute capability 7.5" in reason
 
 
+def test_a_backward_pass_says_whether_its_graph_is_kept(monkeypatch):
+    class Asking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            said.append(dispatch.keeps_graph())
+            return grad
+
+    said = []
+    y = Asking.apply(torch.ones((), requires_grad=True))
+    y.backward(retain_graph=True)
+    y.backward()
+    assert said == [True, False]
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    assert dispatch.keeps_graph()  # where PyTorch does not say, nothing is given away
+
+
 def kernel(result, reason=None):
     return dispatch.Kernel(
         load=lambda: lambda **arguments: result, refuses=lambda **arguments: reason

@@ -478,6 +478,16 @@ def test_graph_that_is_kept_gives_the_same_gradient_twice(kernel):
     torch.testing.assert_close(first, 3 * second)
 
 
+def test_gradients_made_in_forward_let_the_teacher_go(kernel):
+    if kernel[0] != "cpp":
+        pytest.skip("not every shape has its gradient made in forward")
+    inputs = [x.cpu() for x in four()]
+    for x in inputs[:2]:
+        x.requires_grad_()
+    saved = attention_kl(*([x] for x in inputs), backend="cpp").grad_fn.saved_tensors
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in inputs[:2]}
+
+
 def test_gradient_is_the_same_bit_for_bit_each_time(kernel):
     inputs, options = moved(four(n=37), CASES["padding"][1], kernel[1], precision(kernel))
     one, two = (

@@ -931,6 +931,16 @@ def test_graph_that_is_kept_gives_the_same_gradient_twice(kernel, objective, red
         torch.testing.assert_close(three, two, rtol=2 * eps + 1e-5, atol=1e-6)
 
 
+def test_gradients_made_in_forward_let_the_teacher_go(kernel):
+    if kernel[0] != "cpp":
+        pytest.skip("a GPU makes no gradients in forward")
+    layers_s, layers_t, _ = problem("two logits", kernel)
+    for x in layers_s:
+        x.requires_grad_()
+    saved = layer_projection_loss(layers_s, layers_t, backend="cpp").grad_fn.saved_tensors
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in layers_s}
+
+
 def test_graph_of_a_projection_that_is_kept_gives_the_same_gradient_twice(kernel):
     layers_s, layers_t, scale = problem("two logits", kernel)
     leaves = [x.requires_grad_() for x in (*layers_s, *layers_t)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdfast.captured import ModelShape, Needs
+from kdfast.captured import Captured, ModelShape, Needs
 from kdfast.errors import InputError
 from kdfast.losses import AttentionKLLoss, CKALoss, CosineLoss, SoftLabelLoss
 from kdfast.recipes import RECIPES, build_recipe
@@ -116,6 +116,70 @@ def test_every_recipe_gives_finite_losses_and_gradients_to_the_student_only(capt
     assert set(seen) == set(recipe.terms)
     learned = [p for p in recipe.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learned)
+
+
+def measured(recipe, student, teacher, at, **options):
+    """Losses and, flat, all gradients of a step."""
+    leaves = [x for x in (student.logits, *student.hidden_states.values()) if x is not None]
+    leaves += [x for layer in student.attention.values() for x in (layer.query, layer.key)]
+    losses = recipe(student, teacher, LABELS, at, **options)
+    total = recipe.total(losses, at)
+    grads = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True)
+    return losses, torch.cat([g.flatten() for g in grads if g is not None])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("layers", ["sum", "mean"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_released_of_the_teacher_changes_no_loss(
+    captured, name, layers, device, monkeypatch
+):
+    # On a GPU all layers are launched together.
+    monkeypatch.setattr(Captured, "device", torch.device(device))
+    options = OPTIONS.get(name, {})
+    if layers == "mean":
+        try:
+            recipe = build_recipe(name, STUDENT, TEACHER, **options, layers="mean")
+        except InputError:
+            pytest.skip(f"recipe '{name}' has no option 'layers'")
+    else:
+        recipe = build_recipe(name, STUDENT, TEACHER, **options)
+    fit(recipe, captured)
+    for number in range(len(recipe.stages)):
+        at = Moment(stage=number, progress=0.5, stage_progress=0.5)
+        needs = recipe.needs(number)
+        student, teacher = (
+            only(captured(shape, grad=shape is STUDENT), needed)
+            for shape, needed in zip((STUDENT, TEACHER), needs, strict=True)
+        )
+        losses, gradients = measured(recipe, student, teacher, at)
+        assert set(teacher.hidden_states) == set(needs[1].hidden_states)  # left alone
+        assert set(teacher.attention) == set(needs[1].attention)
+        released, others = measured(recipe, student, teacher, at, release=True)
+        assert list(released) == list(losses)
+        torch.testing.assert_close(released, losses)
+        torch.testing.assert_close(others, gradients)
+        assert not teacher.hidden_states and not teacher.attention
+
+
+def test_a_recipe_lets_go_of_a_layer_of_the_teacher_once_its_losses_are_taken(captured):
+    recipe = build_recipe("internal", shape(2), shape(4), cosine_rows="tokens")
+    student, teacher = captured(shape(2), grad=True), captured(shape(4))
+    held = []
+    for name in ("attention_kl", "cosine"):
+        recipe.terms[name].register_forward_pre_hook(
+            lambda module, args, name=name: held.append(
+                (name, args[3].layers, sorted(teacher.attention), sorted(teacher.hidden_states))
+            )
+        )
+    recipe(student, teacher, None, release=True)
+    # Student layers 1 and 2 learn from the teacher's 2 and 4.
+    assert held == [
+        ("attention_kl", (1,), [2, 4], [2, 4]),
+        ("cosine", (1,), [4], [2, 4]),
+        ("attention_kl", (2,), [4], [4]),
+        ("cosine", (2,), [], [4]),
+    ]
 
 
 @pytest.mark.parametrize("name", RECIPES)
