@@ -18,7 +18,7 @@ run := $(PYTHON) -m #
 endif
 now := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help distill test test-all bench report gpu gpu-build gpu-test gpu-sanitize lint clean
+.PHONY: help distill test test-all bench report gpu gpu-build gpu-test gpu-step gpu-sanitize lint clean
 .NOTPARALLEL:  # two pips in one environment break each other
 
 help:  ## this list
@@ -110,6 +110,14 @@ gpu: gpu-build  ## on a CUDA machine: build, run the GPU tests, measure the benc
 	$(gpu_built) { $(gpu_tests); } && \
 	$(python) -m kdfast bench --device cuda --json $(CURDIR)/runs/bench/cuda-$(now)/results.json \
 		--report $(CURDIR)/runs/bench/cuda-$(now) $(ARGS) && test ! -e failed
+
+# Whole steps and the training loop need what distillation needs: transformers, datasets, accelerate.
+gpu-step: gpu-build  ## on a CUDA machine with transformers: GPU tests of the loop, whole steps, growth
+	$(gpu_built) { $(gpu_pytest) $(CURDIR)/tests/distill || touch failed; } && \
+	for suite in step scale; do \
+		$(python) -m kdfast bench $$suite --device cuda --report $(CURDIR)/runs/bench/cuda-$(now) \
+			--json $(CURDIR)/runs/bench/cuda-$(now)/$$suite.json $(ARGS) || touch failed; \
+	done; test ! -e failed
 
 # Without the cache of PyTorch's allocator each tensor is an allocation of its own. initcheck must
 # see the kernels that fill the inputs; the other tools look at ours alone.

@@ -16,7 +16,9 @@ The results, as JSON (`kdfast.benchmarks.report` needs nothing else):
     complete    false while the run goes on
     set         "cpu" | "cuda" | "quick"
     device      "cpu" | "cuda"
-    machine     {cpu: model, threads, allocator: "default", or the libraries that are preloaded,
+    command     what was run, without the files it wrote; code: of which version or revision
+    machine     {cpu: its name, kind: family/model/stepping/cache | null, cores, threads,
+                 allocator: "default", or the libraries that are preloaded,
                  gpu: name | null, capability: "9.0" | null, gpu_memory: bytes | null}
     versions    {kdfast, python, torch, cuda, triton}; null where it is not there
     ceilings    {bytes: per second of a large copy, read and written,
@@ -39,6 +41,7 @@ during one run: of the allocator on CUDA, of the process on a CPU, in a process 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -486,7 +489,7 @@ def peak_in_a_process(row: Row, variant: str) -> dict[str, int] | None:
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Its result in a fresh process; None where that was killed or ran out of memory."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_map_blocks) as process:
         try:
             return process.submit(function, *arguments).result()
         except BrokenProcessPool:  # killed for want of memory
@@ -495,6 +498,14 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
             if not out_of_memory(error):
                 raise
             return None
+
+
+def _map_blocks() -> None:
+    """Memory of a MiB and more comes from the system and goes back to it at once: the peak is then
+    what is held, without the holes between blocks of an allocator that keeps them."""
+    threshold = -3  # M_MMAP_THRESHOLD of glibc
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(threshold, 1 << 20)
 
 
 def _peak_of_this_process(row: Row, variant: str, threads: int) -> dict[str, int] | None:
@@ -712,18 +723,24 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
+    cpu, kind = platform.processor() or platform.machine(), None
     try:
-        said = Path("/proc/cpuinfo").read_text()
-        cpu = next(
-            line.split(":", 1)[1].strip()
-            for line in said.splitlines()
-            if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        said = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        cpu = said["model name"]
+        # A virtual machine may call different processors by one name.
+        parts = ("cpu family", "model", "stepping", "cache size")
+        kind = "/".join(said.get(part, "") for part in parts)
+    except (OSError, KeyError):
         pass
     allocator = os.environ.get("LD_PRELOAD") or "default"
-    found = {"cpu": cpu, "threads": torch.get_num_threads(), "allocator": Path(allocator).name}
+    found = {
+        "cpu": cpu,
+        "kind": kind,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "allocator": Path(allocator).name,
+    }
     if device.type != "cuda":
         return found | {"gpu": None, "capability": None, "gpu_memory": None}
     properties = torch.cuda.get_device_properties(device)

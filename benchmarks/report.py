@@ -152,7 +152,8 @@ def setting(results: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items() if v)
     cpu = f"{machine['cpu']}, {machine['threads']} threads, {machine['allocator']} allocator"
     device = machine["gpu"] or cpu
-    lines = [f"{device}; {versions}; {results['time'][:10]}."]
+    code = f"; code {results['code']}" if results.get("code") else ""
+    lines = [f"{device}; {versions}{code}; {results['time'][:10]}."]
     if ceilings:
         found = [f"copy {ceilings['bytes'] / 1e9:,.0f} GB/s"]
         found += [f"{dtype} {x / 1e12:,.3g} TFLOP/s" for dtype, x in ceilings["flops"].items()]

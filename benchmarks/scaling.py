@@ -5,20 +5,10 @@ and backward, on random internals of the shapes that a capture would leave: no m
 exponent is the slope of a straight line through all points, logarithm against logarithm, with its
 standard error; at the small end it is that of the overhead.
 
-On paper, with B samples of N tokens, P layer pairs, T teacher layers, width D, C classes:
-
-    internal   attention KL: 4·P·B·N²·D products (times 2 flop), 2·P·B·H·N² exponentials, memory of
-               a few tiles; cosine: P·B·N·D
-    fsd        tokens of a sample: B·N²·D or B·N·D², whichever is less; samples of the batch:
-               B²·N·D; memory: clusters·N·D for each sample and for the two memories
-    universal  B·T·S·C for S student layers, and B·T·D·C for the classifiers
-
-so batch and layer pairs cost their first power everywhere but in what couples samples, length its
-second in attention and its first elsewhere.
-
 The results are as in `harness`, but for `suite` ("scale") and the rows:
 
-    rows  [{name, axis, method, points: [{size, variants: {name: {seconds: [one a round],
+    rows  [{name, axis, method, points: [{size, skipped: why nothing was run | null,
+                                          variants: {name: {seconds: [one a round],
                                                             memory: peak bytes | null}}}],
             exponents: {name: {seconds: [slope, standard error], memory: the same | null}}}]
 """
@@ -96,7 +86,14 @@ AXES: dict[str, tuple[str, dict[str, Sequence[int]], Sequence[str], dict[str, in
         {"batch": 64},
     ),
 }
-MEMORY = ("batch", "length")  # axes along which it is measured, in a process each point
+ON_PAPER = """\
+On paper, with B samples of N tokens, P layer pairs, T teacher and S student layers, width D, C
+classes: `internal` takes 4·P·B·N²·D products for attention KL and 2·P·B·H·N² exponentials in H
+heads, and memory of a few tiles; P·B·N·D for the cosine. `fsd` takes B·N²·D or B·N·D² for the
+tokens of each sample, whichever is less, B²·N·D for the samples of a batch, and 100·N·D for
+each sample and each memory of 100 centroids. `universal` takes B·T·S·C, and B·T·D·C for its
+classifiers. So batch and layer pairs cost their first power but in what couples samples; length
+its second in attention, its first elsewhere."""
 
 
 def problem(method: str, size: Size, device: torch.device) -> Callable[[], None]:
@@ -157,12 +154,12 @@ def problem(method: str, size: Size, device: torch.device) -> Callable[[], None]
     return run
 
 
-def needed(size: Size) -> int:
-    """Bytes that eager takes at most: its maps and their gradients, and the captured tensors."""
+def needed(size: Size) -> tuple[int, int]:
+    """Bytes of the captured tensors and memories, and of eager's maps and their gradients."""
     maps = size.batch * size.heads * size.length**2 * 6 * size.pairs
     states = size.batch * size.length * size.width * 12 * (size.pairs + size.teacher_layers)
     memories = 100 * size.length * size.width * 6 * size.pairs
-    return 4 * (maps + states + memories)
+    return 4 * (states + memories), 4 * maps
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> list[float] | None:
@@ -186,9 +183,12 @@ def measure(
     device: torch.device,
     clock: harness.Clock,
     *,
-    rounds: int,
+    seconds: float,
+    rounds: tuple[int, int],
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
+    """A row of the results. `seconds` is what the rounds of all its points may take, `rounds` their
+    least and most number."""
     field, values, _, others = AXES[axis]
     base = replace(Size(), **others)
     if which == "quick":
@@ -197,32 +197,42 @@ def measure(
     for value in values[which]:
         say(f"{value}")
         size = replace(base, **{field: value})
-        if reason := harness.too_large(needed(size), device):
+        lean, dense = needed(size)
+        if reason := harness.too_large(lean, device):
             points.append({"size": value, "skipped": reason, "variants": {}})
             continue
+        reason = harness.too_large(lean + dense, device)  # of eager alone
         variants: dict[str, dict[str, Any]] = {
-            name: {"seconds": [], "memory": None} for name in VARIANTS
+            name: {"seconds": [], "memory": None}
+            for name in VARIANTS
+            if name == "kdfast" or reason is None
         }
         runs = {}
-        for name in VARIANTS:
+        for name in variants:
             with losses_of(name):
                 torch.manual_seed(0)
                 runs[name] = problem(method, size, device)
                 runs[name]()
-        for order in harness.interleaved(list(runs), rounds):
+        for number, order in enumerate(harness.interleaved(list(runs), rounds[1])):
             for name in order:
                 with losses_of(name):
-                    seconds = clock(lambda: None, lambda _, run=runs[name]: run())
-                    variants[name]["seconds"].append(seconds)
+                    took = clock(lambda: None, lambda _, run=runs[name]: run())
+                    variants[name]["seconds"].append(took)
+            spent = sum(sum(v["seconds"]) for v in variants.values())
+            share = seconds / len(values[which])
+            if number + 1 >= rounds[0] and spent * (number + 2) / (number + 1) > share:
+                break
         del runs
         gc.collect()
-        if axis in MEMORY and which != "quick":
-            for name in VARIANTS:
+        if which != "quick":
+            for name in variants:
                 variants[name]["memory"] = _peak(method, size, name, device)
-        points.append({"size": value, "skipped": None, "variants": variants})
+        if reason is not None:
+            reason = f"eager {reason}"
+        points.append({"size": value, "skipped": reason, "variants": variants})
     exponents: dict[str, Any] = {}
     for name in VARIANTS:
-        ran = [p for p in points if p["variants"]]
+        ran = [p for p in points if name in p["variants"]]
         times = [(p["size"], statistics.median(p["variants"][name]["seconds"])) for p in ran]
         memory = [(p["size"], p["variants"][name]["memory"] or 0) for p in ran]
         exponents[name] = {"seconds": exponent(times), "memory": exponent(memory)}
@@ -269,8 +279,11 @@ def run(
     seconds: float | None = None,
     write: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
-    """Measure all axes; `write` sees each state. seconds: unused, the rounds of a point are few."""
+    """Measure all axes; `write` sees each state. seconds: for the rounds of each axis."""
     which = which or device.type
+    quick = which == "quick"
+    if seconds is None:
+        seconds = 0.5 if quick else 20.0 if device.type == "cpu" else 2.0
     wanted = [
         (axis, method)
         for axis, (_, _, methods, _) in AXES.items()
@@ -278,7 +291,10 @@ def run(
         if only in f"{axis} {method}"
     ]
     if not wanted:
-        raise InputError(f"no axis of scale has {only!r} in its name: {', '.join(AXES)}")
+        known = [
+            f"{axis} {method}" for axis, (_, _, methods, _) in AXES.items() for method in methods
+        ]
+        raise InputError(f"no row of scale has {only!r} in its name: {', '.join(known)}")
     results = harness.begun(which, device, suite="scale")
     clock = harness.Clock(device)
     with harness.progress(len(wanted)) as (say, advance):
@@ -294,7 +310,8 @@ def run(
                     which,
                     device,
                     clock,
-                    rounds=3 if which == "quick" else 5,
+                    seconds=seconds,
+                    rounds=(3, 5) if quick else (5, 25),
                     say=say_of_row,
                 )  # fmt: skip
             )
@@ -348,9 +365,9 @@ def markdown(results: dict[str, Any]) -> str:
 
     body = []
     for row in results["rows"]:
-        ran = [point for point in row["points"] if point["variants"]]
-        sizes = [str(point["size"]) for point in ran]
         for name in VARIANTS:
+            ran = [point for point in row["points"] if name in point["variants"]]
+            sizes = [str(point["size"]) for point in ran]
             times = [statistics.median(p["variants"][name]["seconds"]) for p in ran]
             body.append(
                 [
@@ -363,7 +380,13 @@ def markdown(results: dict[str, Any]) -> str:
                 ]
             )
     header = ["axis", "losses", "", "sizes", "ms", "time grows by", "memory by"]
-    return _table(header, body)
+    skipped = [
+        f"{row['name']} {point['size']}: {point['skipped']}"
+        for row in results["rows"]
+        for point in row["points"]
+        if point["skipped"]
+    ]
+    return "\n\n".join([_table(header, body), *skipped, ON_PAPER])
 
 
 def _exponent(found: list[float] | None) -> str:
@@ -391,7 +414,7 @@ def plot(folder: Path, results: dict[str, Any]) -> list[Path]:
             rows = [row for row in shown if row["axis"] == axis]
             for k, row in enumerate(rows):
                 for name, style in zip(VARIANTS, ("o-", "s--"), strict=True):
-                    ran = [point for point in row["points"] if point["variants"]]
+                    ran = [point for point in row["points"] if name in point["variants"]]
                     xs = [point["size"] for point in ran]
                     ys = [_value(point["variants"][name], what) for point in ran]
                     slope = _exponent(row["exponents"][name][what]).split(" ±")[0]

@@ -9,6 +9,7 @@ round:
     compile        the same losses, each by torch.compile
     kdfast         the same losses on kdfast's operators
     ... cached     soft labels, and kdfast, with what they need of the teacher read from a cache
+    ... graphs     both with teacher and losses replayed as CUDA graphs; on a GPU alone
 
 All are DistillationTrainers on equal students; a step is the trainer's own training step (teacher,
 student, losses, backward), clipping, optimizer and schedule, of one batch that is there. Attention
@@ -49,9 +50,10 @@ from kdfast.errors import InputError
 TITLE = "Whole training steps"
 FILES = ("step.md", "step_parts.png")
 CACHED = " cached"
+GRAPHS = " graphs"
 VARIANTS = (
     *("fine-tuning", "soft labels", "eager", "compile", "kdfast"),
-    *(f"soft labels{CACHED}", f"kdfast{CACHED}"),
+    *(f"{name}{how}" for how in (CACHED, GRAPHS) for name in ("soft labels", "kdfast")),
 )
 # With every layer mapped. The structures of fsd are on the penultimate layer, as in the paper.
 METHODS: dict[str, dict[str, Any]] = {
@@ -91,8 +93,10 @@ ROWS = {
     "cpu": [
         *_rows("minilm", EACH, 32, 128, memory=True),
         *_rows("minilm", ("internal", ALL), 32, None),
+        *_rows("minilm", ("internal",), 8, 128, without=("compile",)),
+        *_rows("minilm", ("internal",), 32, 256, without=("compile",)),
         *_rows("minilm", ("internal",), 32, 512, memory=True),
-        *_rows("bert", ("internal",), 8, 128),
+        *_rows("bert", ("internal",), 8, 128, without=("compile",)),
     ],
     "cuda": [
         *_rows("bert", EACH, 256, 128, **_HALF, memory=True),
@@ -222,6 +226,7 @@ class Stepper:
                 per_device_train_batch_size=row.batch, learning_rate=1e-5, report_to="none",
                 bf16=row.dtype == "bfloat16" and not cuda, use_cpu=not cuda, disable_tqdm=True,
                 teacher_cache=self.folder.name if variant.endswith(CACHED) else None,
+                cuda_graphs=variant.endswith(GRAPHS),
             ),
             train_dataset=Dataset.from_dict({k: v.tolist() for k, v in batch.items()}),
             data_collator=default_data_collator,
@@ -439,7 +444,8 @@ def measure(
     number."""
     from kdfast.distill.profile import profile
 
-    if reason := harness.too_large(needed(row), device):
+    lean, dense = needed(row)
+    if reason := harness.too_large(lean, device):
         return {**described(row), "shape": None, "tokens": None, "skipped": reason,
                 "variants": {}, "others": None, "wrong": []}  # fmt: skip
     torch.compiler.reset()
@@ -451,13 +457,18 @@ def measure(
     steppers: dict[str, Stepper] = {}
     wrong: list[str] = []
     for name in VARIANTS:
-        if name in row.without:
+        if name in row.without or (name.endswith(GRAPHS) and device.type != "cuda"):
             continue
         say(name)
         record: dict[str, Any] = {
             "seconds": [], "loss": None, "parts": None, "memory": None, "skipped": None,
         }  # fmt: skip
         variants[name] = record
+        # A GPU says so itself, where a CPU may be driven out of memory.
+        if name in ("eager", "compile") and device.type == "cpu":
+            record["skipped"] = harness.too_large(lean + dense, device)
+            if record["skipped"]:
+                continue
         try:
             stepper = Stepper(pair, row, name, batch, device)
             with losses_of(name):
@@ -465,6 +476,7 @@ def measure(
                 for _ in range(2):  # the first also allocates what the optimizer keeps
                     stepper.step()
                 record["parts"] = profile(stepper.trainer, [dict(stepper.batch)] * 3)
+                stepper.step()  # what a profile lets go, such as graphs, is made again
             steppers[name] = stepper
         except Exception as error:
             memory = harness.out_of_memory(error)
@@ -476,7 +488,7 @@ def measure(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     losses = {name: v["loss"] for name, v in variants.items() if v["loss"] is not None}
-    for name in ("compile", "kdfast", f"kdfast{CACHED}"):
+    for name in ("compile", "kdfast", f"kdfast{CACHED}", f"kdfast{GRAPHS}"):
         if {name, "eager"} <= losses.keys():
             own, eager = losses[name], losses["eager"]
             # 1 − cos of states that are nearly equal is rounding.
@@ -514,7 +526,13 @@ def measure(
 
 def described(row: Row) -> dict[str, Any]:
     """What the results say of a row before anything is measured."""
-    return {"name": row.name, "pair": row.pair, "method": row.method, "dtype": row.dtype}
+    return {
+        "name": row.name,
+        "pair": row.pair,
+        "method": row.method,
+        "dtype": row.dtype,
+        "attention_dropout": 0.0,
+    }
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> float:
@@ -562,8 +580,9 @@ def _peak_of_this_process(row: Row, variant: str, kind: str, threads: int) -> in
         return peak and peak[1] - before
 
 
-def needed(row: Row) -> int:
-    """Bytes, roughly, of all variants' trainers and the largest one's step: eager's."""
+def needed(row: Row) -> tuple[int, int]:
+    """Bytes, roughly, of all variants' trainers and a step of kdfast; and what one of plain losses
+    takes more."""
     layers, width, heads, teacher, student, pairs = {
         "bert": (6, 768, 12, 110e6, 67e6, 6),
         "minilm": (3, 384, 12, 23e6, 17e6, 3),
@@ -573,7 +592,7 @@ def needed(row: Row) -> int:
     trainers = 16 * student * (len(VARIANTS) - len(row.without))
     maps = 0 if row.method == "universal" else 4 * pairs * tokens * (row.tokens or 64) * heads
     size = 2 if row.dtype == "bfloat16" else 4
-    return int(4 * teacher + trainers + size * (maps + tokens * width * layers * 30))
+    return int(4 * teacher + trainers + size * tokens * width * layers * 30), int(size * maps)
 
 
 def run(
@@ -588,7 +607,10 @@ def run(
     which = which or device.type
     rows = [row for row in ROWS[which] if only in row.name]
     if not rows:
-        raise InputError(f"no row of the set {which!r} of step has {only!r} in its name")
+        raise InputError(
+            f"no row of the set {which!r} of step has {only!r} in its name: "
+            f"{', '.join(row.name for row in ROWS[which])}"
+        )
     results = harness.begun(which, device, suite="step")
     quick = which == "quick"
     if seconds is None:
@@ -618,38 +640,41 @@ def markdown(results: dict[str, Any]) -> str:
 
     header = [
         "row", "soft labels, ms", "kdfast, ms", "of soft labels", "of eager", "of compile",
-        "soft labels of fine-tuning", "losses", "tokens / s", "memory of soft labels'",
+        "soft labels of fine-tuning", "losses", "tokens / s", "memory, MB", "of soft labels'",
         "of eager's",
     ]  # fmt: skip
     body = []
     for row in results["rows"]:
         if row["skipped"]:
             body.append([row["name"], row["skipped"], *[""] * (len(header) - 2)])
-        for cached in ("", CACHED):
-            own, base = f"kdfast{cached}", f"soft labels{cached}"
+        for how in ("", CACHED, GRAPHS):
+            own, base = f"kdfast{how}", f"soft labels{how}"
             if not row["variants"].get(own, {}).get("seconds"):
                 continue
             body.append(
                 [
-                    row["name"] + cached,
+                    f"{row['name']}{how}, attention dropout 0",
                     *(_milliseconds(row, name) for name in (base, own)),
                     _cost(row, own, base),
-                    # Eager and compiled losses could read the same cache: no ratio to them there.
-                    *("" if cached else _cost(row, own, name) for name in ("eager", "compile")),
-                    "" if cached else _cost(row, base, "fine-tuning"),
+                    # Eager and compiled losses could be fed likewise: no ratio to them there.
+                    *("" if how else _cost(row, own, name) for name in ("eager", "compile")),
+                    "" if how else _cost(row, base, "fine-tuning"),
                     f"{100 * share(row, own, 'losses'):.1f} %",
                     f"{row['tokens'] / statistics.median(row['variants'][own]['seconds']):,.0f}",
+                    _megabytes(row, own),
                     _memory(row, own, base),
-                    "" if cached else _memory(row, own, "eager"),
+                    "" if how else _memory(row, own, "eager"),
                 ]
             )
     lines = [_table(header, body), ""]
     lines += [
-        "Ratios of the time of a step, medians over rounds with the middle half's ends; attention "
-        'dropout is 0. "losses": their share of the step, forward and backward. bfloat16 is '
-        "autocast on a CPU and the models' own dtype on a GPU. The teacher's cache is read from "
-        "files that are in memory, those of one batch.",
+        "Ratios of the time of a step, medians over rounds with the middle half's ends: below 1 is "
+        'faster. "losses": their share of the step, forward and backward. bfloat16 is autocast on '
+        "a CPU and the models' own dtype on a GPU. cached: both steps read the teacher from files "
+        "that are in memory, those of one batch; graphs: both replay it. Memory is the peak of a "
+        "step, models and optimizer included.",
         "",
+        *[f"**Wrong**: {row['name']}: {text}" for row in results["rows"] for text in row["wrong"]],
         "Parts of a step, ms:",
         "",
         _parts(results),
@@ -678,6 +703,11 @@ def _cost(row: dict[str, Any], variant: str, baseline: str) -> str:
     if found is None:
         return (row["variants"].get(baseline) or {}).get("skipped") or ""
     return f"{found[0]:.3f} ({found[1]:.3f}-{found[2]:.3f})"
+
+
+def _megabytes(row: dict[str, Any], variant: str) -> str:
+    memory = row["variants"][variant]["memory"]
+    return f"{memory / 1e6:,.0f}" if memory else ""
 
 
 def _memory(row: dict[str, Any], variant: str, baseline: str) -> str:

@@ -1,19 +1,20 @@
 """The results in benchmarks/README.md, made from the committed JSON alone: `make report`.
 
 Each folder of results/ is a machine: results.json of the operators, step.json and scale.json of the
-suites, each with the plots that `kdfast bench --report` drew beside it.
+suites, each with the plots that `kdfast bench --report` drew beside it; or it is what
+`kdfast compare` left.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from kdfast.benchmarks import report, scaling, step
+from kdfast.errors import InputError
 
 BEGIN = "<!-- results: made by `make report`, not by hand -->"
 END = "<!-- end of results -->"
@@ -35,7 +36,8 @@ def text(results: Path) -> str:
     lines += [
         "Everything here is made from the JSON under `results/` by `make report`; each table names "
         "its command, machine and versions. Ratios are medians over rounds of one run; absolute "
-        "times of such machines vary from day to day.",
+        "times of such machines vary from day to day. Of operators they say how many times faster "
+        "kdfast is, of steps what its step costs over another's.",
         "",
     ]
     folders = sorted(path for path in results.iterdir() if path.is_dir())
@@ -44,10 +46,12 @@ def text(results: Path) -> str:
         if not files:
             continue
         lines += [f"### {folder.name}", ""]
+        _one_machine(files.values())
         for name, file in files.items():
             title, command, made = PARTS[name]
-            found = json.loads(file.read_text(encoding="utf-8"))
-            lines += [f"#### {title}: `{command} --device {found['device']}`", ""]
+            found = report.read_json(file)
+            command = found.get("command") or f"{command} --device {found['device']}"
+            lines += [f"#### {title}: `{command}`", ""]
             lines += [*report.setting(found), ""]
             if not found["complete"]:
                 lines += ["The run was not finished: rows are missing.", ""]
@@ -56,9 +60,31 @@ def text(results: Path) -> str:
             lines += [f"![{p.stem}]({p.relative_to(results.parent)})" for p in plots] + [""] * bool(
                 plots
             )
+    for folder in folders:
+        if (folder / "comparison.md").is_file():
+            title = (folder / "comparison.md").read_text(encoding="utf-8").split("\n", 1)[0]
+            lines += [f"### {title.removeprefix('# ')}: `kdfast compare comparison`", ""]
+            lines += [
+                f"[The whole report]({folder.relative_to(results.parent)}/comparison.md).",
+                "",
+            ]
+            plots = [folder / "plots" / f"{name}.png" for name in ("differences", "fidelity")]
+            lines += [f"![{p.stem}]({p.relative_to(results.parent)})" for p in plots] + [""]
     if not any("cuda" in _devices(folder) for folder in folders):
         lines += ["### GPUs", "", "No GPU has run the suite yet: there is no figure to show.", ""]
     return "\n".join([*lines, *_eight_gpus()])
+
+
+def _one_machine(files: Iterable[Path]) -> None:
+    """InputError where what stands under one heading is of several machines."""
+    first, *others = [(file, report.read_json(file)["machine"]) for file in files]
+    for file, machine in others:
+        for key in machine.keys() & first[1].keys():  # older results say less of theirs
+            if machine[key] != first[1][key]:
+                raise InputError(
+                    f"{file}: its {key} is {machine[key]!r}, that of {first[0].name} beside it "
+                    f"{first[1][key]!r}: results of another machine go into a folder of their own"
+                )
 
 
 def operators(results: dict[str, Any]) -> str:
@@ -82,7 +108,17 @@ def _plots(folder: Path, name: str) -> list[Path]:
 
 def _devices(folder: Path) -> set[str]:
     files = [folder / name for name in PARTS if (folder / name).is_file()]
-    return {json.loads(file.read_text(encoding="utf-8"))["device"] for file in files}
+    return {report.read_json(file)["device"] for file in files}
+
+
+def draw(results: Path) -> None:
+    """The tables and plots beside each JSON, anew."""
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if (folder / "results.json").is_file():
+            report.write_report(folder, report.read_json(folder / "results.json"))
+        for name, module in (("step.json", step), ("scale.json", scaling)):
+            if (folder / name).is_file():
+                report.write_suite(folder, module, report.read_json(folder / name))
 
 
 def _eight_gpus() -> list[str]:
@@ -116,7 +152,8 @@ def _eight_gpus() -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the results into README.md of the benchmarks' folder; with --check only compare."""
+    """Write the results into README.md of the benchmarks' folder, and draw their plots; with
+    --check only compare the text."""
     root = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     root = root or Path(__file__).resolve().parent
     readme = root / "README.md"
@@ -125,7 +162,13 @@ def main(arguments: list[str]) -> int:
     if not rest or not after:
         print(f"{readme} should hold the lines {BEGIN} and {END}", file=sys.stderr)
         return 2
-    found = f"{before}{BEGIN}\n\n{text(root / 'results')}\n{END}{after}"
+    try:
+        if "--check" not in arguments:
+            draw(root / "results")  # first: the text shows what is there
+        found = f"{before}{BEGIN}\n\n{text(root / 'results')}\n{END}{after}"
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
     if "--check" in arguments:
         return int(found != readme.read_text(encoding="utf-8"))
     partial = readme.with_name("README.md.partial")

@@ -297,6 +297,7 @@ def _bench(options: argparse.Namespace) -> int:
             if options.tolerance is not None:
                 given["tolerance"] = options.tolerance / 100
             results = against.run(options.against, operators, device, **given)
+        results |= _bench_origin(options)
     if results.get("kind") == "against":
         from kdfast.benchmarks import against
 
@@ -329,6 +330,7 @@ def _bench_suite(options: argparse.Namespace, name: str) -> int:
             raise InputError(f"--from holds no results of the suite {name}")
     else:
         results = module.run(torch.device(_bench_device(options)), **_bench_given(options))
+        results |= _bench_origin(options)
     if options.report:
         report.write_suite(options.report, module, results)
     print(module.markdown(results))
@@ -351,13 +353,25 @@ def _bench_files(options: argparse.Namespace, reported: Sequence[Path]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def _bench_origin(options: argparse.Namespace) -> dict[str, str]:
+    """The command without its files, and the code, that results are of."""
+    from kdfast.distill.provenance import code_version
+
+    given = {
+        name: getattr(options, name) for name in ("against", "device", "only", "seconds", "threads")
+    }
+    command = ["kdfast bench", *options.operator, *["--quick"] * options.quick]
+    command += [f"--{name} {shlex.quote(str(x))}" for name, x in given.items() if x]
+    return {"command": " ".join(command), "code": code_version()}
+
+
 def _bench_given(options: argparse.Namespace) -> dict[str, Any]:
     """What all that measures is given."""
     from kdfast.benchmarks import harness
 
     def write(state: dict[str, Any]) -> None:
         if options.json:
-            harness.write_json(options.json, state)
+            harness.write_json(options.json, state | _bench_origin(options))
 
     return {
         "which": "quick" if options.quick else None,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdfast.benchmarks import scaling
+from kdfast.benchmarks import harness, scaling
 from kdfast.errors import InputError
 
 
@@ -28,6 +28,17 @@ def test_all_axes_are_measured_and_drawn(tmp_path):
     assert file.stat().st_size > 1000
 
 
+def test_eager_is_left_out_where_memory_would_not_hold_its_maps(monkeypatch, tmp_path):
+    size = scaling.Size(batch=4, length=16, width=32, heads=2)  # the second of the quick lengths
+    lean, dense = scaling.needed(size)
+    monkeypatch.setattr(harness, "free_memory", lambda device: lean + dense - 1)
+    results = scaling.run(torch.device("cpu"), which="quick", only="length internal")
+    first, second = results["rows"][0]["points"]
+    assert set(first["variants"]) == {"kdfast", "eager"} and set(second["variants"]) == {"kdfast"}
+    assert f"length internal 16: {second['skipped']}" in scaling.markdown(results)
+    scaling.plot(tmp_path, results)
+
+
 @pytest.mark.parametrize("axis", scaling.AXES)
 def test_a_problem_of_every_axis_has_a_loss_and_gradients(axis):
     field, values, methods, _ = scaling.AXES[axis]
@@ -38,7 +49,7 @@ def test_a_problem_of_every_axis_has_a_loss_and_gradients(axis):
 
 
 def test_an_unknown_axis_is_refused():
-    with pytest.raises(InputError, match="no axis of scale has 'depth'.*batch, length"):
+    with pytest.raises(InputError, match="no row of scale has 'depth'.*batch internal"):
         scaling.run(torch.device("cpu"), which="quick", only="depth")
 
 

@@ -4,7 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from kdfast.benchmarks import summary
+from kdfast.errors import InputError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -29,6 +32,17 @@ def test_another_result_changes_the_text_and_nothing_beside_it(tmp_path):
     assert after.partition(summary.BEGIN)[0] == before.partition(summary.BEGIN)[0]
     assert len(after) < len(before) and results["rows"][0]["name"] in after
     assert summary.main([str(root), "--check"]) == 0
+
+
+def test_results_of_two_machines_do_not_stand_under_one_heading(tmp_path):
+    root = tmp_path / "benchmarks"
+    shutil.copytree(BENCHMARKS / "results", root / "results")
+    file = next((root / "results").glob("*/step.json"))
+    results = json.loads(file.read_text())
+    results["machine"]["cpu"] = "another"
+    file.write_text(json.dumps(results))
+    with pytest.raises(InputError, match="its cpu is 'another'.*a folder of their own"):
+        summary.text(root / "results")
 
 
 def test_a_readme_without_its_marks_is_left_alone(tmp_path, capsys):
