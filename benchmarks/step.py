@@ -244,11 +244,11 @@ class Stepper:
             trainer.accelerator.prepare(trainer.model, trainer.optimizer, trainer.lr_scheduler)
         )
         trainer.current_gradient_accumulation_steps = 1
-        self.batch: Any = batch
         if variant.endswith(CACHED):
             with contextlib.redirect_stdout(io.StringIO()):
                 trainer._fill_cache()
-            self.batch = next(iter(trainer.get_train_dataloader()))
+        # As training gets it: on the device, with what the host knows of its padding.
+        self.batch: Any = next(iter(trainer.get_train_dataloader()))
 
     def step(self) -> None:
         trainer = self.trainer

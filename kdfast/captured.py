@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -32,13 +33,25 @@ class Captured:
     logits: [B, C], [B, N, C] of a token classifier, or None without a head or if not wanted.
     hidden_states: by layer, [B, N, D]; the embeddings are layer 0, the last is L.
     attention: by layer, from 1 to L.
-    attention_mask: [B, N], 1 = token, or None when nothing is padded.
+    attention_mask: [B, N], 1 = token, or None when nothing is padded, as far as is known.
     """
 
     logits: torch.Tensor | None
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, LayerAttention] = field(default_factory=dict)
     attention_mask: torch.Tensor | None = None
+    _masked: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def masked_states(self, layer: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """The hidden states of a layer, 0 where a mask [B, N] has 0; one copy for all who ask."""
+        states = self.hidden_states[layer]
+        if mask is None:
+            return states
+        if layer not in self._masked or self._masked[layer][0] is not mask:
+            self._masked[layer] = mask, _ZeroPadding.apply(states, mask)
+        return self._masked[layer][1]
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +91,21 @@ class Captured:
         ):
             for layer in kept.keys() - set(wanted):
                 del kept[layer]
+        for layer in self._masked.keys() - set(needs.hidden_states):
+            del self._masked[layer]
+
+
+class _ZeroPadding(torch.autograd.Function):
+    """masked_fill, whose graph several losses may go through, each on its own."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        ctx.padded = ~mask.bool()[..., None]
+        return states.masked_fill(ctx.padded, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.masked_fill(ctx.padded, 0), None
 
 
 @dataclass(frozen=True)

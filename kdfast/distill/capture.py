@@ -48,6 +48,7 @@ class _Recorder:
         self.enabled = False
         self.wants = Needs()
         self.stop: int | None = None  # the layer (from 0) that is not to run any more
+        self.padded: bool | None = None  # whether the attention mask leaves tokens out
         self.attentions = 0  # attention layers that have run
         self.attention: dict[int, LayerAttention] = {}
         self.modules: list[nn.Module] = []
@@ -118,9 +119,20 @@ def _recording_sdpa(
     )
 
 
+def _told_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """transformers leaves out a mask that is not needed, and waits for the device to see whether it
+    is. Where that is known it need not look; a compiled graph does not, and serves any mask."""
+    padded = None if torch.compiler.is_compiling() else _recorder.padded
+    if padded is False:
+        attention_mask = None
+    elif padded:
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
 # Without the mask function of the same name transformers drops padding masks silently.
 AttentionInterface.register(ATTENTION_NAME, _recording_sdpa)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, _told_mask)
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
@@ -211,6 +223,8 @@ class Capture:
         self.replaced: str | None = None
         if needs.attention:
             self.mechanism = self._install_attention()
+        else:
+            self._install_masks()
         self.can_stop = False
         if needs.hidden_states or needs.attention:
             self.can_stop = self._install_hidden_states()
@@ -222,19 +236,21 @@ class Capture:
         needs: Needs | None = None,
         *,
         whole: bool = False,
+        padded: bool | None = None,
     ) -> tuple[Any, Captured]:
         """Run `forward` (default: the model; a wrapped model such as DDP otherwise) on `inputs`.
 
         needs: less than what was asked for at the start, for a call that reads less. whole: run all
         of the model, also where its last layers and its head are not needed; otherwise the outputs
-        may be None.
+        may be None. padded: whether the attention mask leaves tokens out, where that is known: then
+        nobody looks, and a mask that leaves out none is not captured.
         """
         needs = self.needs if needs is None else needs
         stop = None
         if self.can_stop and not whole and not needs.logits and needs.last < self.layers:
             stop = needs.last
         outputs: Any = None
-        with self._recording(needs, stop):
+        with self._recording(needs, stop, padded):
             asked = bool(needs.hidden_states) and not self.can_stop
             kwargs = {"output_hidden_states": True} if asked else {}
             with contextlib.suppress(_Stopped):
@@ -262,7 +278,7 @@ class Capture:
             logits=None if outputs is None else outputs.get("logits"),
             hidden_states=hidden_states,
             attention=attention,
-            attention_mask=inputs.get("attention_mask"),
+            attention_mask=None if padded is False else inputs.get("attention_mask"),
         )
         return outputs, captured
 
@@ -287,14 +303,18 @@ class Capture:
         self.close()
 
     @contextlib.contextmanager
-    def _recording(self, needs: Needs, stop: int | None = None) -> Iterator[None]:
+    def _recording(
+        self, needs: Needs, stop: int | None = None, padded: bool | None = None
+    ) -> Iterator[None]:
         _recorder.enabled = True
         _recorder.wants = needs
         _recorder.stop = stop
+        _recorder.padded = padded
         try:
             yield
         finally:
             _recorder.enabled = False
+            _recorder.padded = None
             _recorder.attentions = 0
             _recorder.attention.clear()
             _recorder.modules.clear()
@@ -332,6 +352,20 @@ class Capture:
             handle.remove()
         self._handles.append(model.base_model.register_forward_hook(_take_hidden_states))
         return False
+
+    def _install_masks(self) -> None:
+        """The model's own SDPA under our name, whose masks need no look at the device."""
+        model = self.model
+        own = getattr(model.config, "_attn_implementation", None)
+        if own not in ("sdpa", ATTENTION_NAME) or self.shape.heads == 0:
+            return
+        with _probing(model):
+            inputs = _probe_inputs(model)
+            before = model.base_model(**inputs, return_dict=True)[0]
+            if self._use_interface():
+                after = model.base_model(**inputs, return_dict=True)[0]
+                if not torch.equal(before, after):
+                    self.close()
 
     def _install_attention(self) -> str:
         """Choose the mechanism that reproduces eager attention on a probe; raise if none does."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kdfast.captured import Captured, Needs
+from kdfast.distill.padding import PADDED
 from kdfast.errors import InputError
 from kdfast.recipes import Recipe
 from kdfast.recipes.schedule import Moment
@@ -29,8 +30,7 @@ Function = Callable[[list[torch.Tensor]], Any]
 def record(function: Function, tensors: Sequence[torch.Tensor], pool: Any) -> tuple[Any, Any]:
     """A graph of function(tensors), and the outputs that each replay overwrites.
 
-    The function may launch kernels on the current device and must not wait for them. Of a batch
-    without padding transformers leaves out the mask, except in a graph, which serves any batch.
+    The function may launch kernels on the current device and must not wait for them.
     """
     device = tensors[0].device
     stream = torch.cuda.Stream(device)
@@ -162,7 +162,7 @@ class Graphs:
         def function(tensors: list[torch.Tensor]) -> Captured:
             return self._run_teacher({**rest, **dict(zip(names, tensors, strict=True))}, needs)
 
-        key = (needs, *names)
+        key = (needs, inputs.get(PADDED), *names)
         recorded = self.of_teacher.run(key, function, [inputs[name] for name in names])
         self._settled = recorded is not None
         if recorded is None:

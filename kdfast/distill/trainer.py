@@ -41,6 +41,7 @@ from kdfast.distill.capture import Capture, model_shape
 from kdfast.distill.data import DistillationCollator, same_vocabulary
 from kdfast.distill.graphs import Graphs
 from kdfast.distill.models import set_attention_dropout
+from kdfast.distill.padding import PADDED, PADDED_MASKS, PaddingCollator
 from kdfast.distill.prepare import prepare
 from kdfast.distill.stages import StageClock, stage_steps
 from kdfast.distill.teacher_cache import (
@@ -312,6 +313,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         student_inputs, teacher_inputs = self._split(inputs, model.training)
+        padded = student_inputs.pop(PADDED, None)
         if not model.training:
             # Evaluation reports the student's own loss on the labels, and keeps its logits only.
             if self._binary and "labels" in student_inputs:
@@ -328,6 +330,7 @@ class DistillationTrainer(Trainer):
             forward=model,
             needs=own,
             whole=return_outputs or self._runs_whole,
+            padded=padded,
         )
         losses = self._weigh(self._losses(student, teacher, labels, at), inputs)
         if self._clock is not None:
@@ -399,13 +402,21 @@ class DistillationTrainer(Trainer):
     def _split(
         self, inputs: Mapping[str, Any], training: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        student = {k: v for k, v in inputs.items() if not k.startswith(TEACHER_PREFIX)}
-        teacher = {
-            k.removeprefix(TEACHER_PREFIX): v
-            for k, v in inputs.items()
-            if k.startswith(TEACHER_PREFIX) and k != ROW
-        }
+        """What each model reads; PADDED says whether its mask leaves tokens out, where known."""
+        padded = inputs.get(PADDED_MASKS)
+        student, teacher = {}, {}
+        for name, value in inputs.items():
+            if name in (ROW, PADDED_MASKS):
+                continue
+            if name.startswith(TEACHER_PREFIX):
+                teacher[name.removeprefix(TEACHER_PREFIX)] = value
+            else:
+                student[name] = value
+        if padded is not None:
+            student[PADDED] = "attention_mask" in padded
         if teacher:
+            if padded is not None:
+                teacher[PADDED] = "teacher_attention_mask" in padded
             return student, teacher
         if not self._shared_tokens and self.recipe.needs_teacher() and training:
             raise InputError(
@@ -434,7 +445,8 @@ class DistillationTrainer(Trainer):
                 "teacher_cache reads a row of the training data by its number, and this batch has "
                 "none: load batches with the trainer's own get_train_dataloader, or leave it out"
             )
-        return self._cache.read(rows, needs, inputs.get("attention_mask"), self.args.device)
+        mask = None if inputs.get(PADDED) is False else inputs.get("attention_mask")
+        return self._cache.read(rows, needs, mask, self.args.device)
 
     @torch.no_grad()
     def _run_teacher(self, inputs: dict[str, Any], needs: Needs) -> Captured:
@@ -450,6 +462,7 @@ class DistillationTrainer(Trainer):
                 forward=self._compiled_teacher,
                 needs=needs,
                 whole=self._compiled_teacher is not None,
+                padded=inputs.get(PADDED),
             )
         return captured
 
@@ -704,12 +717,18 @@ class DistillationTrainer(Trainer):
         ]
 
     def get_train_dataloader(self) -> Any:
-        if self._cache is None:
-            return super().get_train_dataloader()
         own = self.train_dataset, self.data_collator
-        rows: Any = NumberedRows(self._training_rows()[0])
-        self.train_dataset = rows
-        self.data_collator = RowCollator(self.data_collator, self._cache.inputs)
+        collate: Any = self.data_collator
+        if self._cache is not None:
+            rows: Any = NumberedRows(self._training_rows()[0])
+            self.train_dataset = rows
+            collate = RowCollator(collate, self._cache.inputs)
+        loading: Any = self.args.accelerator_config
+        dispatched = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
+        if not (dispatched if loading.dispatch_batches is None else loading.dispatch_batches):
+            # Batches that one process hands to the others hold tensors alone.
+            collate = PaddingCollator(collate)
+        self.data_collator = collate
         try:
             return super().get_train_dataloader()
         finally:

@@ -105,9 +105,9 @@ class MemoryTerm(Term):
         losses = []
         for k in active_pairs(self.pairs, at):
             i, j = self.pairs[k]
-            memory: Any = self.memories[k]
-            states = student.hidden_states[i], teacher.hidden_states[j]
-            losses.append(memory.loss(*states, student.attention_mask))
+            loss: Any = self.memories[k].loss  # type: ignore[union-attr]
+            mask = student.attention_mask if loss.padding == "masked" else None
+            losses.append(loss(student.masked_states(i, mask), teacher.masked_states(j, mask)))
         return torch.stack(losses).mean()
 
 
@@ -181,6 +181,7 @@ def fsd(
         pairs,
         f"samples of the batch by {estimator} CKA",
         token_aligned=True,
+        zero_padding=padding == "masked",
     )
     notes = []
     if Weight(global_weight, "global_weight").maximum > 0:

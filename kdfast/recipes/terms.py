@@ -98,10 +98,19 @@ class HiddenTerm(Term):
 
     loss: called as loss(hidden_s, hidden_t, attention_mask), lists with one entry a pair; one with
     learned projections also takes `which`, the numbers of the pairs that are given.
+    zero_padding: give it states that are 0 where padded, in place of the mask. What it would do by
+    itself is then done once for all such terms.
     """
 
     def __init__(
-        self, weight: Any, loss: nn.Module, pairs: LayerMap, what: str, *, token_aligned: bool
+        self,
+        weight: Any,
+        loss: nn.Module,
+        pairs: LayerMap,
+        what: str,
+        *,
+        token_aligned: bool,
+        zero_padding: bool = False,
     ) -> None:
         super().__init__(weight, what)
         self.loss = loss
@@ -109,6 +118,7 @@ class HiddenTerm(Term):
         self.layers = tuple(i for i, _ in pairs)
         self.by_layer = getattr(loss, "layers", None) == "sum"
         self.token_aligned = token_aligned
+        self.zero_padding = zero_padding
         self.unit = getattr(loss, "unit", "samples")
         self.couples_samples = getattr(loss, "couples_samples", False)
 
@@ -119,10 +129,12 @@ class HiddenTerm(Term):
         self, student: Captured, teacher: Captured, labels: torch.Tensor | None, at: Moment
     ) -> torch.Tensor:
         which = active_pairs(self.pairs, at)
+        mask = student.attention_mask
+        zeroed = mask if self.zero_padding else None
         return self.loss(
-            [student.hidden_states[self.pairs[k][0]] for k in which],
-            [teacher.hidden_states[self.pairs[k][1]] for k in which],
-            student.attention_mask,
+            [student.masked_states(self.pairs[k][0], zeroed) for k in which],
+            [teacher.masked_states(self.pairs[k][1], zeroed) for k in which],
+            None if self.zero_padding else mask,
             **({"which": which} if hasattr(self.loss, "projections") else {}),
         )
 

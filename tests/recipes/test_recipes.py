@@ -699,3 +699,39 @@ def test_pseudo_classifiers_of_a_relevance_are_logistic_regressions_of_its_share
         part = build_recipe("universal", *RELEVANCE).fitted["projection.teacher"]
         part.fit(lambda same=same: [(teacher, same)])
         assert all((z[:, 0] > 0).equal(same > 0) for z in part(teacher))
+
+
+def test_states_without_padding_are_made_once_for_all_who_ask():
+    torch.manual_seed(0)
+    states = torch.randn(2, 3, 4, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    captured = Captured(None, {1: states}, attention_mask=mask)
+    masked = captured.masked_states(1, mask)
+    assert captured.masked_states(1, mask) is masked
+    assert captured.masked_states(1, None) is states
+    assert captured.masked_states(1, mask.clone()) is not masked
+    torch.testing.assert_close(masked, states * mask[..., None])
+    for _ in range(2):  # two losses, each with a backward pass of its own
+        (grad,) = torch.autograd.grad(masked.square().sum(), states)
+        torch.testing.assert_close(grad, 2 * states * mask[..., None])
+    captured.release(Needs())
+    assert not captured._masked
+
+
+@pytest.mark.parametrize("padding", ["masked", "counted"])
+def test_fsd_with_shared_states_is_that_of_its_losses(padding):
+    torch.manual_seed(0)
+    recipe = build_recipe(
+        "fsd", STUDENT, TEACHER, clusters=4, max_length=5, padding=padding, soft_label_weight=0.0
+    )
+    for part in recipe.fitted.values():
+        part.stand_in()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    student, teacher = (
+        Captured(None, {layer: torch.randn(3, 5, 8)}, attention_mask=mask) for layer in (1, 5)
+    )
+    found = recipe(student, teacher, None)
+    given = student.hidden_states[1], teacher.hidden_states[5], mask
+    for name, term in recipe.terms.items():
+        loss = term.memories[0].loss if name == "global" else term.loss
+        torch.testing.assert_close(found[name], loss(*given))

@@ -1,0 +1,33 @@
+"""Whether a batch is padded, found where it is made; on a GPU, asking would wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+MASKS = ("attention_mask", "teacher_attention_mask")
+# A batch's key for the masks, by name, that leave tokens out: a frozenset, which those who move
+# batches to a device leave alone.
+PADDED_MASKS = "padded_masks"
+# Of the inputs of one model: whether its mask does.
+PADDED = "padded"
+
+
+class PaddingCollator:
+    """Any collator whose batches also say which of their masks leave tokens out."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+        self.pad_to = getattr(collate, "pad_to", None)  # as DistillationCollator says it
+
+    def __call__(self, rows: list[Any]) -> Any:
+        batch = self.collate(rows)
+        if not isinstance(batch, Mapping):
+            return batch
+        masks = {name: batch[name] for name in MASKS if isinstance(batch.get(name), torch.Tensor)}
+        if any(mask.device.type != "cpu" for mask in masks.values()):
+            return batch
+        padded = frozenset(name for name, mask in masks.items() if not mask.all())
+        return {**batch, PADDED_MASKS: padded}

@@ -1,0 +1,152 @@
+"""A step of training asks the device nothing, so that the host can run ahead of it."""
+
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdfast.captured import Needs
+from kdfast.distill.capture import Capture
+from kdfast.distill.padding import PADDED_MASKS, PaddingCollator
+from kdfast.recipes import RECIPES
+
+# What reads a number of the device, or makes a tensor of a size that only the device knows.
+WAITING = {
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::repeat_interleave.Tensor",
+}
+# Functions of kdfast that look at numbers of a CPU alone: masks of its tensors, and the upstream
+# gradient of losses whose gradients are made in their forward pass.
+OF_A_CPU = {"_zeros_and_ones", "_scaled"}
+OPTIONS = {"fsd": {"clusters": 8}}
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations that would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        by_mask = name.startswith("aten::index") and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool
+            for part in args
+            if isinstance(part, (list, tuple))
+            for x in part
+        )
+        if name in WAITING or by_mask:
+            stack = traceback.extract_stack()[-9:-1]
+            if not OF_A_CPU & {frame.name for frame in stack}:
+                self.found.append(f"{name} in {' < '.join(map(_place, reversed(stack)))}")
+        return function(*args, **(kwargs or {}))
+
+
+def _place(frame):
+    return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+
+
+def run_step(trainer, batch):
+    trainer.training_step(trainer.model.train(), dict(batch))
+    learned = [*trainer.model.parameters(), *trainer.recipe.parameters()]
+    trainer.accelerator.clip_grad_norm_(learned, trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.lr_scheduler.step()
+    trainer.model.zero_grad()
+
+
+def ready(trainer):
+    """As before the first step of a training, and a batch for it."""
+    trainer._prepare_recipe()
+    trainer.create_optimizer_and_scheduler(9)
+    trainer.current_gradient_accumulation_steps = 1
+    return next(iter(trainer.get_train_dataloader()))
+
+
+# A reranker's labels are looked at, which the README says; of `custom`, so are those of its parts.
+@pytest.mark.parametrize("full", [False, True], ids=["padded", "full"])
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"custom"}))
+def test_a_step_waits_for_nothing(make_trainer, recipe, full):
+    trainer = make_trainer(recipe, recipe_options=OPTIONS.get(recipe), optim="sgd")
+    batch = ready(trainer)
+    assert batch[PADDED_MASKS] == {"attention_mask"}
+    if full:
+        batch = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+        batch[PADDED_MASKS] = frozenset()
+    run_step(trainer, batch)  # what is made once is made here
+    with Waits() as waits:
+        run_step(trainer, batch)
+    assert waits.found == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"custom"}))
+def test_a_step_waits_for_nothing_on_a_gpu(make_trainer, recipe):
+    trainer = make_trainer(recipe, recipe_options=OPTIONS.get(recipe), use_cpu=False)
+    batch = ready(trainer)
+    trainer.model_wrapped, trainer.optimizer, trainer.lr_scheduler = trainer.accelerator.prepare(
+        trainer.model, trainer.optimizer, trainer.lr_scheduler
+    )
+    run_step(trainer, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_step(trainer, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("needs", [{"logits": True}, {"attention": (1, 2), "logits": True}])
+@pytest.mark.parametrize("full", [False, True], ids=["padded", "full"])
+def test_who_is_told_of_padding_gives_the_same_without_looking(teacher, needs, full):
+    ids = torch.arange(24).view(3, 8) % 12
+    mask = torch.ones_like(ids)
+    if not full:
+        mask[1, 5:] = 0
+    with Capture(teacher.eval(), Needs(**needs)) as capture, torch.no_grad():
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        looked, _ = capture(inputs)
+        with Waits() as waits:
+            told, captured = capture(inputs, padded=not full)
+    assert waits.found == []
+    torch.testing.assert_close(told["logits"], looked["logits"])
+    assert (captured.attention_mask is None) == full
+    assert teacher.config._attn_implementation == "sdpa"
+
+
+def test_a_full_batch_gives_the_same_losses_whether_its_mask_is_there_or_not(make_trainer):
+    trainer = make_trainer("internal", recipe_options={"cosine_rows": "tokens"})
+    batch = ready(trainer)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    losses = []
+    for padded in (frozenset(), frozenset({"attention_mask"}), None):
+        torch.manual_seed(0)
+        given = {**batch, PADDED_MASKS: padded}
+        losses.append(trainer.compute_loss(trainer.model.train(), given))
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+
+
+def test_collator_names_the_masks_that_leave_tokens_out():
+    def collate(rows):
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+    rows = [{"attention_mask": [1, 1], "teacher_attention_mask": [1, k]} for k in (0, 1)]
+    assert PaddingCollator(collate)(rows)[PADDED_MASKS] == {"teacher_attention_mask"}
+    assert PaddingCollator(collate)(rows[1:])[PADDED_MASKS] == frozenset()
+    assert PaddingCollator(lambda rows: rows)(rows) == rows
+
+
+def test_a_data_set_without_numbers_is_read_as_ever(make_trainer):
+    """Its batches go from one process to the others, as tensors alone."""
+    trainer = make_trainer("internal")
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    assert PADDED_MASKS not in next(iter(trainer.get_train_dataloader()))
+    trainer.train()
