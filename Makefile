@@ -86,6 +86,7 @@ gpu-build:
 gpu_ladder := $(CURDIR)/tests/ops/test_kernels.py
 gpu_cka := $(CURDIR)/tests/ops/test_cka_kernels.py
 gpu_projection := $(CURDIR)/tests/ops/test_layer_projection_kernels.py
+gpu_pairs := $(CURDIR)/tests/ops/test_layer_pairs.py
 define gpu_tests
 part() { log=$$1; shift; $(gpu_pytest) "$$@" > $$log.log 2>&1 || touch failed; cat $$log.log; }; \
 part csrc $(CURDIR)/tests/csrc & \
@@ -98,6 +99,7 @@ part cka-cuda $(gpu_cka) -k cuda & \
 part cka-gram $(gpu_cka) -k "triton and gram" & \
 part cka-rest $(gpu_cka) -k "triton and not gram" & \
 part projection-cuda $(gpu_projection) -k cuda & \
+part pairs $(gpu_pairs) & \
 part projection-rows $(gpu_projection) -k "triton and rows" & \
 part projection-rest $(gpu_projection) -k "triton and not rows" & \
 wait

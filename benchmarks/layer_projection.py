@@ -33,6 +33,7 @@ MSE = {"objective": "mse"}
 COSINE = {"objective": "cosine"}
 KL = {"objective": "kl"}
 PROJECTION = {"call": "projection"}
+PAIRS = {"attend": "pairs", "objective": "cosine"}
 COMPILED = ("compile", "compile best")
 PART = 1 << 21  # numbers of a layer that the reference takes in float64 at once
 
@@ -50,6 +51,7 @@ CPU = [
     _row(STATES, PROJECTION, without=COMPILED),
     _row((6, 11, 65536, 3), KL),
     _row((4, 12, 512, 8192), KL, without=COMPILED),
+    _row((6, 6, 4096, 768), PAIRS),
 ]
 WIDE = (6, 12, 32768, 768)
 LOGITS = (6, 11, 1 << 20, 3)
@@ -60,6 +62,7 @@ CUDA = [
     _row(WIDE, MSE),
     *(_row(LOGITS, KL, over=over, dtype="bfloat16") for over in harness.PASSES),
     _row((6, 12, 4096, 8192), KL, dtype="bfloat16"),
+    *(_row((6, 6, tokens, 768), PAIRS, dtype="bfloat16") for tokens in (256, 32768)),
 ]
 ROWS = {
     "cpu": CPU,
@@ -68,6 +71,7 @@ ROWS = {
         _row((2, 3, 64, 32), MSE, without=COMPILED),
         _row((2, 3, 64, 5), KL, over="backward", without=COMPILED),
         _row((2, 3, 64, 32), PROJECTION, without=COMPILED),
+        _row((2, 2, 64, 32), PAIRS, without=COMPILED),
     ],
 }
 
@@ -90,6 +94,7 @@ class Problem:
         self.over, self.device = row.over, device
         self.call = row.options.get("call")
         self.objective = row.options.get("objective", "mse")
+        self.attend = row.options.get("attend", "states")
         many_s, many_t, self.tokens, self.d = (row.shape[key] for key in "STNd")
         self.scale = self.d**-0.5
         self.half = row.dtype in ("bfloat16", "float16")
@@ -120,13 +125,15 @@ class Problem:
         layers = many_s + many_t + many_s * backward
         if self.call == "projection":
             layers += many_s * passes
-        exponentials = many_s * many_t
+        exponentials = flops = many_s * many_t
+        if self.attend == "pairs":
+            exponentials, flops = 0, 2 * many_s  # three sums, and a gradient of two terms
         if self.objective == "kl":
             exponentials += 2 * many_s * self.d
         size = self.inputs[self.names_s[0]].element_size()
         return Work(
             bytes=float(layers * self.tokens * self.d * size),
-            flops=float(passes * 4 * many_s * many_t * self.tokens * self.d),
+            flops=float(passes * 4 * flops * self.tokens * self.d),
             exponentials=float(exponentials * self.tokens),
         )
 
@@ -151,17 +158,23 @@ class Problem:
             losses = [F.mse_loss(h, c) for h, c in zip(layers_s, projected, strict=True)]
             return torch.stack(losses).mean()
         return layer_projection_loss(
-            layers_s, layers_t, objective=self.objective, scale=self.scale,
+            layers_s, layers_t, objective=self.objective, scale=self.scale, attend=self.attend,
             reduction="none" if self.over == "backward" else "mean", backend=backend,
         )  # fmt: skip
 
     def eager(self, **inputs: Tensor) -> Tensor:
+        if self.attend == "pairs":
+            pairs = zip(*self._layers(inputs), strict=True)
+            losses = torch.stack([self._loss(h, g) for h, g in pairs], -1)
+            return losses if self.over == "backward" else losses.mean()
         h, g = (torch.stack(layers, -2) for layers in self._layers(inputs))
         return self._loss(h, (h @ g.mT * self.scale).softmax(-1) @ g)
 
     def eager_best(self, **inputs: Tensor) -> Tensor:
         layers_s, layers_t = self._layers(inputs)
         h = torch.stack(layers_s, -2)
+        if self.attend == "pairs":
+            return self._loss(h, torch.stack(layers_t, -2))
         if self.half:
             g = torch.stack(layers_t, -2).unsqueeze(1)
             mixed = F.scaled_dot_product_attention(h.unsqueeze(1), g, g, scale=self.scale)
@@ -205,8 +218,9 @@ class Problem:
             for x in layers_s:
                 x.requires_grad_(with_gradients)
             found = reference.layer_projection_loss(
-                layers_s, layers_t, objective=self.objective, scale=self.scale, reduction="none"
-            )
+                layers_s, layers_t, objective=self.objective, scale=self.scale,
+                attend=self.attend, reduction="none",
+            )  # fmt: skip
             rows[part] = found.detach()
             if with_gradients:
                 made = torch.autograd.grad(found, layers_s, weight[part])

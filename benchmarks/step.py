@@ -374,16 +374,19 @@ def eager_distance(
     mask: Tensor | None,
     **_: Any,
 ) -> Tensor:
-    """Mean over valid rows of 1 − cosine, or of the squared error, of one layer and another."""
-    student, teacher = layers_s[0], layers_t[0]
-    if objective == "cosine":
-        rows = 1 - F.cosine_similarity(student, teacher, dim=-1)
-    else:
-        rows = (student - teacher).square().mean(-1)
-    if mask is None:
-        return rows.mean()
-    valid = mask.to(rows.dtype)
-    return (rows * valid).sum() / valid.sum()
+    """Mean over pairs and valid rows of 1 − cosine, or of the squared error."""
+    losses = []
+    for student, teacher in zip(layers_s, layers_t, strict=True):
+        if objective == "cosine":
+            rows = 1 - F.cosine_similarity(student, teacher, dim=-1)
+        else:
+            rows = (student - teacher).square().mean(-1)
+        if mask is None:
+            losses.append(rows.mean())
+        else:
+            valid = mask.to(rows.dtype)
+            losses.append((rows * valid).sum() / valid.sum())
+    return torch.stack(losses).mean()
 
 
 @contextlib.contextmanager

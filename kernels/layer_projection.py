@@ -4,6 +4,7 @@ With h_i, g_j the states of a token, S_ij = ⟨h_i, g_j⟩, α = softmax_j(scale
 
     attend="states"  ℓ_i = objective(h_i, C_i)       attend="losses"  ℓ_i = Σ_j α_ij m_ij,
                                                      m_ij = objective(h_i, g_j)
+    attend="pairs"   ℓ_i = objective(h_i, g_i), without weights
 
 and, with u, D the derivatives of the objective by its second and its first argument,
 
@@ -105,6 +106,15 @@ def _among(row, ROWS: tl.constexpr):
     for i in tl.static_range(1, len(ROWS)):
         found = found | (row == ROWS[i])
     return found
+
+
+@triton.jit
+def _place(row, ROWS: tl.constexpr):
+    """Where a row number stands among ROWS; 0 if it does not."""
+    place = 0
+    for i in tl.static_range(1, len(ROWS)):
+        place = tl.where(row == ROWS[i], i, place)
+    return place
 
 
 @triton.jit
@@ -331,11 +341,20 @@ def _derivatives(h, c, statistics, loss, column, d, over_temperature, OBJECTIVE:
 
 
 @triton.jit
+def _target(weights, g, KIND: tl.constexpr):
+    """The mixtures of the teacher's layers; without weights they are the targets themselves."""
+    if weights is None:
+        return g
+    else:
+        return _mixed(weights, g, KIND[0], tl.constexpr(KIND[2]))
+
+
+@triton.jit
 def _compare_states(
     weights, at_s, in_s, at_t, in_t, d, over_temperature, OBJECTIVE: tl.constexpr,
     NEEDS_LOSS: tl.constexpr, KIND: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of states and their mixtures, and the losses [TOKENS, L_s]."""
+    """Statistics of states and their targets, and the losses [TOKENS, L_s]."""
     step: tl.constexpr = SHAPE[1] * SHAPE[2] * SHAPE[3]
     statistics = _no_statistics(at_s, at_s, OBJECTIVE)
     loss = tl.zeros(at_s.shape, tl.float32)
@@ -344,7 +363,7 @@ def _compare_states(
             for chunk in tl.static_range(tl.constexpr(SHAPE[2])):
                 column = _columns(begin, chunk, SHAPE)
                 h, g = _read(at_s, in_s, column, d), _read(at_t, in_t, column, d)
-                c = _mixed(weights, g, KIND[0], tl.constexpr(KIND[2]))
+                c = _target(weights, g, KIND)
                 statistics = _more_statistics(
                     statistics, h, c, column, d, over_temperature, OBJECTIVE, SHAPE
                 )
@@ -358,7 +377,7 @@ def _compare_states(
             for chunk in tl.static_range(tl.constexpr(SHAPE[2])):
                 column = _columns(begin, chunk, SHAPE)
                 h, g = _read(at_s, in_s, column, d), _read(at_t, in_t, column, d)
-                c = _mixed(weights, g, KIND[0], tl.constexpr(KIND[2]))
+                c = _target(weights, g, KIND)
                 loss += _part_of_loss(
                     h, c, statistics, column, d, over_temperature, OBJECTIVE, SHAPE
                 )
@@ -617,6 +636,45 @@ def _loss(
                         _write(to, inside & _among(row_t, WANTED_T), column, d, gradient)
 
 
+@triton.jit
+def _loss_of_pairs(
+    rows, out_s, out_t, grad_rows, layers_s, layers_t, mask, grad_strides, strides_s, strides_t,
+    mask_strides, count, total, d, over_temperature, OBJECTIVE: tl.constexpr,
+    WANTED_S: tl.constexpr, WANTED_T: tl.constexpr, WIDE: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """As `_loss`, of layers of the same number; a program takes some tokens of one pair."""
+    token = tl.arange(0, SHAPE[0])[:, None]
+    index, a, b, inside, valid = _tokens(token, mask, mask_strides, count, total, SHAPE[0], WIDE)
+    pair = tl.program_id(1)
+    at_s = _of(layers_s, pair) + a * _of(strides_s[0], pair) + b * _of(strides_s[1], pair)
+    at_t = _of(layers_t, pair) + a * _of(strides_t[0], pair) + b * _of(strides_t[1], pair)
+    statistics, loss = _compare_states(
+        None, at_s, valid, at_t, valid, d, over_temperature, OBJECTIVE,
+        OBJECTIVE == "kl" or grad_rows is None, None, SHAPE,
+    )  # fmt: skip
+    if grad_rows is None:
+        tl.store(rows + index * len(layers_s) + pair, tl.where(valid, loss, 0.0), mask=inside)
+    else:
+        at_rows = grad_rows + a * grad_strides[0] + b * grad_strides[1] + pair * grad_strides[2]
+        upstream = tl.load(at_rows, mask=valid, other=0.0)[:, :, None]
+        step: tl.constexpr = SHAPE[1] * SHAPE[2] * SHAPE[3]
+        for begin in range(0, step if SHAPE[4] else d, step):
+            for chunk in tl.static_range(tl.constexpr(SHAPE[2])):
+                column = _columns(begin, chunk, SHAPE)
+                h, g = _read(at_s, valid, column, d), _read(at_t, valid, column, d)
+                by_t, by_s = _derivatives(
+                    h, g, statistics, loss, column, d, over_temperature, OBJECTIVE
+                )
+                if out_s is not None:
+                    wanted = inside & _among(pair, WANTED_S)
+                    to = _of(out_s, _place(pair, WANTED_S)) + index * d
+                    _write(to, wanted, column, d, by_s * upstream)
+                if out_t is not None:
+                    wanted = inside & _among(pair, WANTED_T)
+                    to = _of(out_t, _place(pair, WANTED_T)) + index * d
+                    _write(to, wanted, column, d, by_t * upstream)
+
+
 # Few features: a lane takes a token, and what the objective needs of it is in its registers. Tiles
 # are [layers, TOKENS], one for each feature.
 
@@ -767,6 +825,8 @@ BLOCK, WARPS, CHUNKS, SCORES = 32, 8, 4, 512
 HELD = {"forward": 384, "backward": 192}
 # Tokens of a program of few features, how many those are, and of how many layers at most.
 LANES, FEW, FEW_LAYERS = 128, 4, 16
+# Of states that are compared in pairs, the most that are read at once.
+WIDEST = 2048
 # Under the interpreter: several tokens at a time, for its speed.
 INTERPRETED_SHAPE = (16, 1, 1, 64, False)
 # Bytes of addresses and strides of one launch, of which it takes 4 KB.
@@ -826,6 +886,15 @@ def launch_parameters(
             shape = (1, warps if few else 1, 1, block, False)
     options = compiler_options(x.device, warps, registers)
     return {"SHAPE": shape, "num_stages": stages, **options}
+
+
+def launch_parameters_of_pairs(x: Tensor) -> dict[str, Any]:
+    """As `launch_parameters`: whole states of as many tokens as make enough numbers to wait for."""
+    if INTERPRETED.value:
+        return {"SHAPE": INTERPRETED_SHAPE}
+    block = min(max(16, triton.next_power_of_2(x.shape[-1])), WIDEST)
+    shape = (max(1, NUMBERS // block), 1, 1, block, x.shape[-1] <= block)
+    return {"SHAPE": shape, "num_stages": 1, **compiler_options(x.device, WARPS, 255)}
 
 
 def kinds(x: Tensor, rows_t: int) -> tuple[Any, ...]:
@@ -888,17 +957,24 @@ def _launch(
         "mask": None if mask is None else mask.view(torch.uint8),
         "mask_strides": (0, 0) if mask is None else mask.stride(),
         "count": count, "total": tokens, "WIDE": tokens >= 1 << 30,
-        "ALIGNED": all(x.data_ptr() % 16 == 0 for layers in sides.values() for x in layers),
         **others,
     }  # fmt: skip
+    if kernel is not _loss_of_pairs:
+        arguments["ALIGNED"] = all(
+            x.data_ptr() % 16 == 0 for layers in sides.values() for x in layers
+        )
     if grads:
         arguments |= {"grad_projected": tuple(sides["grad"]), "strides_grad": strides["grad"]}
-    if (
+    if kernel is _loss_of_pairs:
+        launch = launch_parameters_of_pairs(x)
+        grid: tuple[int, ...] = (triton.cdiv(tokens, launch["SHAPE"][0]), len(layers_s))
+        arguments |= {"d": d, **launch}
+    elif (
         kernel is _loss
         and not teacher
         and few_features(x, len(layers_s), len(layers_t), others["OBJECTIVE"], others["LOSSES"])
     ):
-        kernel, grid = _loss_of_few_features, triton.cdiv(tokens, LANES)
+        kernel, grid = _loss_of_few_features, (triton.cdiv(tokens, LANES),)
         arguments |= {"D": d, "ROWS_T": _rows(len(layers_t), 1), "TOKENS": LANES}
         arguments |= compiler_options(x.device, LANES // warp_size(x.device), 255)
     else:
@@ -908,7 +984,7 @@ def _launch(
         if square:
             rows_s = rows_t = max(rows_s, rows_t)
         launch = launch_parameters(x, rows_s, rows_t, direction, registers)
-        grid = triton.cdiv(tokens, launch["SHAPE"][0])
+        grid = (triton.cdiv(tokens, launch["SHAPE"][0]),)
         arguments |= {
             "d": d,
             "KIND": kinds(x, rows_t),
@@ -917,7 +993,7 @@ def _launch(
             **launch,
         }
     with torch.cuda.device_of(x):
-        kernel[(grid,)](**arguments)
+        kernel[grid](**arguments)
 
 
 def _gradients(
@@ -1019,6 +1095,44 @@ def loss_backward(
             _loss, layers_s, layers_t, mask, square=losses and objective == "kl", rows=None,
             registers=128 if few else 255, grad_rows=grad_rows, grad_strides=grad_rows.stride(),
             scale=scale, over_temperature=1 / temperature, OBJECTIVE=objective, LOSSES=losses,
+            **arguments,
+        )  # fmt: skip
+    return gradients
+
+
+def pairs_forward(
+    layers_s: list[Tensor],
+    layers_t: list[Tensor],
+    mask: Tensor | None,
+    objective: str,
+    temperature: float,
+) -> Tensor:
+    """ℓ [A, B, L] of layers of the same number."""
+    x = layers_s[0]
+    rows = x.new_empty((*x.shape[:-1], len(layers_s)), dtype=torch.float32)
+    _launch(
+        _loss_of_pairs, layers_s, layers_t, mask, 1, "forward", rows=rows, out_s=None, out_t=None,
+        grad_rows=None, grad_strides=(0, 0, 0), over_temperature=1 / temperature,
+        OBJECTIVE=objective, WANTED_S=(), WANTED_T=(),
+    )  # fmt: skip
+    return rows
+
+
+def pairs_backward(
+    grad_rows: Tensor,
+    layers_s: list[Tensor],
+    layers_t: list[Tensor],
+    mask: Tensor | None,
+    objective: str,
+    temperature: float,
+    wanted: list[int],
+) -> list[Tensor]:
+    """The gradients of the layers `wanted`, contiguous."""
+    gradients, arguments = _gradients(layers_s, layers_t, wanted)
+    if wanted:
+        _launch(
+            _loss_of_pairs, layers_s, layers_t, mask, rows=None, grad_rows=grad_rows,
+            grad_strides=grad_rows.stride(), over_temperature=1 / temperature, OBJECTIVE=objective,
             **arguments,
         )  # fmt: skip
     return gradients

@@ -119,15 +119,15 @@ def _recording_sdpa(
     )
 
 
-def _told_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+def _told_mask(**kwargs: Any) -> Any:
     """transformers leaves out a mask that is not needed, and waits for the device to see whether it
     is. Where that is known it need not look; a compiled graph does not, and serves any mask."""
     padded = None if torch.compiler.is_compiling() else _recorder.padded
     if padded is False:
-        attention_mask = None
+        kwargs["attention_mask"] = None
     elif padded:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(**kwargs)
 
 
 # Without the mask function of the same name transformers drops padding masks silently.

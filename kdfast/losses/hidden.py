@@ -15,7 +15,6 @@ from kdfast.losses.layers import (
     as_pairs,
     check_widths,
     choose,
-    over_layers,
     statistics,
 )
 from kdfast.ops.layer_projection import layer_projection_loss
@@ -26,9 +25,9 @@ ROWS = ("cls", "tokens")
 class _HiddenLoss(nn.Module):
     """Rows of each layer pair, projected where widths differ, compared by `objective`.
 
-    It is layer projection on one teacher layer, whose weight is then 1: the same kernels, which
-    make loss and gradient in one sweep. unit: what its mean runs over; no sample is coupled with
-    another.
+    It is layer projection without weights, on whose kernels it runs: on a CPU loss and gradient in
+    one sweep, on a GPU all pairs in one launch. unit: what its mean runs over; no sample is coupled
+    with another.
     """
 
     couples_samples = False
@@ -68,27 +67,22 @@ class _HiddenLoss(nn.Module):
         Returns a scalar; raises ValueError when shapes disagree.
         """
         # The [CLS] slice is taken before the projection, which then maps B rows and not B·N.
+        pairs = as_pairs(hidden_s, hidden_t, cast=False)
         if self.rows == "cls":
-            pairs = [(s[:, :1], t[:, :1]) for s, t in as_pairs(hidden_s, hidden_t)]
+            pairs = [(s[:, :1], t[:, :1]) for s, t in pairs]
             attention_mask = None
-        else:
-            pairs = as_pairs(hidden_s, hidden_t)
         projected = self.projections([s for s, _ in pairs], which)
-        losses = []
         for student, (_, teacher) in zip(projected, pairs, strict=True):
             check_widths(student, teacher)
-            # A projection under autocast may have another precision than the states.
-            dtype = torch.promote_types(student.dtype, teacher.dtype)
-            losses.append(
-                layer_projection_loss(
-                    [self.compared(student.to(dtype))],
-                    [self.compared(teacher.to(dtype))],
-                    objective=self.objective,
-                    mask=attention_mask,
-                    backend=self.backend,
-                )
-            )
-        return over_layers(torch.stack(losses), self.layers)
+        loss = layer_projection_loss(
+            [self.compared(x) for x in projected],
+            [self.compared(x) for _, x in pairs],
+            objective=self.objective,
+            mask=attention_mask,
+            attend="pairs",
+            backend=self.backend,
+        )
+        return loss * len(pairs) if self.layers == "sum" else loss
 
 
 class CosineLoss(_HiddenLoss):

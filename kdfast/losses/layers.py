@@ -29,7 +29,10 @@ def as_layers(layers: Layers) -> list[torch.Tensor]:
     return [layers] if isinstance(layers, torch.Tensor) else list(layers)
 
 
-def as_pairs(student: Layers, teacher: Layers) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def as_pairs(
+    student: Layers, teacher: Layers, *, cast: bool = True
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """cast: the teacher's layers to the student's dtype, where an operator wants one for all."""
     layers_s, layers_t = as_layers(student), as_layers(teacher)
     if not layers_s or len(layers_s) != len(layers_t):
         raise ValueError(
@@ -37,7 +40,7 @@ def as_pairs(student: Layers, teacher: Layers) -> list[tuple[torch.Tensor, torch
             f"{len(layers_s)} and {len(layers_t)}"
         )
     # A teacher in another precision (a bf16 teacher of an fp32 student) is read in the student's.
-    return [(s, t.to(s.dtype)) for s, t in zip(layers_s, layers_t, strict=True)]
+    return [(s, t.to(s.dtype) if cast else t) for s, t in zip(layers_s, layers_t, strict=True)]
 
 
 def teacher_layers(student: Layers, teacher: Layers) -> list[torch.Tensor]:

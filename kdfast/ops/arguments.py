@@ -76,13 +76,8 @@ def floating(operator: str, named: Iterable[tuple[str, Any]]) -> list[Tensor]:
                 f"{operator}: {name} is {_short(x.dtype)}, should be float64, float32, bfloat16 "
                 "or float16"
             )
+    one_device(operator, named)
     first_name, first = named[0]
-    for name, x in named[1:]:
-        if x.device != first.device:
-            raise ValueError(
-                f"{operator}: {name} is on {x.device} but {first_name} on {first.device}; all "
-                "tensors should be on one device"
-            )
     tensors = [x for _, x in named]
     if all(x.dtype == first.dtype for x in tensors):
         return tensors
@@ -98,6 +93,17 @@ def floating(operator: str, named: Iterable[tuple[str, Any]]) -> list[Tensor]:
         f"{operator}: {name} is {_short(x.dtype)} but {first_name} is {_short(first.dtype)}; all "
         f"tensors should have one dtype (cast with {name}.to({first.dtype}))"
     )
+
+
+def one_device(operator: str, named: Iterable[tuple[str, Tensor]]) -> None:
+    named = iter(named)
+    first_name, first = next(named)
+    for name, x in named:
+        if x.device != first.device:
+            raise ValueError(
+                f"{operator}: {name} is on {x.device} but {first_name} on {first.device}; all "
+                "tensors should be on one device"
+            )
 
 
 def boolean_mask(

@@ -79,8 +79,9 @@ def layer_projection_loss(
     """Loss of each student layer against its projection of the teacher's layers.
 
     With α and C of `layer_projection`, ℓ_i = objective(h_i, C_i) for `attend="states"`, and
-    ℓ_i = Σ_j α_ij objective(h_i, g_j) for `attend="losses"`. Gradients flow through the weights
-    too, and into the teacher wherever it requires grad.
+    ℓ_i = Σ_j α_ij objective(h_i, g_j) for `attend="losses"`; without weights, layer by layer,
+    ℓ_i = objective(h_i, g_i) for `attend="pairs"`. Gradients flow through the weights too, and into
+    the teacher wherever it requires grad.
 
     Args:
         layers_s: L_s tensors [..., d], one per student layer; never stacked, at most 64.
@@ -91,7 +92,9 @@ def layer_projection_loss(
         scale: factor of the scores before the softmax over teacher layers.
         temperature: of "kl", > 0; the weights do not use it.
         mask: [...], bool or 0/1, 1 = token. Masked tokens have zero loss and gradient.
-        attend: "states" mixes the teacher's states, "losses" mixes the per-layer losses.
+        attend: "states" mixes the teacher's states, "losses" mixes the per-layer losses, "pairs"
+            compares layers of the same number, of which both sides must have as many; those of the
+            teacher may have another dtype there, which Triton reads as it is.
         reduction: "mean" over student layers and valid tokens (0 when there is none) | "sum" over
             them | "none", [..., L_s] with 0 in masked tokens.
         backend: "auto" | "reference" | "cpp" | "triton" | "cuda".
@@ -110,9 +113,9 @@ def layer_projection_loss(
     """
     op = "layer_projection_loss"
     arguments.one_of(op, "objective", objective, ("mse", "cosine", "kl"))
-    arguments.one_of(op, "attend", attend, ("states", "losses"))
+    arguments.one_of(op, "attend", attend, ("states", "losses", "pairs"))
     arguments.one_of(op, "reduction", reduction, REDUCTIONS)
-    layers_s, layers_t, mask = _check_layers(op, layers_s, layers_t, mask)
+    layers_s, layers_t, mask = _check_layers(op, layers_s, layers_t, mask, pairs=attend == "pairs")
     loss: Tensor = dispatch.run(
         op,
         backend,
@@ -130,7 +133,12 @@ def layer_projection_loss(
 
 
 def _check_layers(
-    op: str, layers_s: Sequence[Tensor], layers_t: Sequence[Tensor], mask: Tensor | None
+    op: str,
+    layers_s: Sequence[Tensor],
+    layers_t: Sequence[Tensor],
+    mask: Tensor | None,
+    *,
+    pairs: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     layers_s = arguments.tensor_list(op, "layers_s", layers_s)
     layers_t = arguments.tensor_list(op, "layers_t", layers_t)
@@ -139,9 +147,20 @@ def _check_layers(
             raise ValueError(
                 f"{op}: {name} has {len(layers)} layers, should have at most {MAXIMUM_LAYERS}"
             )
+    if pairs and len(layers_s) != len(layers_t):
+        raise ValueError(
+            f"{op}: layers_s has {len(layers_s)} layers and layers_t {len(layers_t)}; "
+            'attend="pairs" compares layers of the same number, so both should have as many'
+        )
     names = [f"layers_s[{i}]" for i in range(len(layers_s))]
     names += [f"layers_t[{j}]" for j in range(len(layers_t))]
-    layers = arguments.floating(op, zip(names, [*layers_s, *layers_t], strict=True))
+    every = list(zip(names, [*layers_s, *layers_t], strict=True))
+    if pairs:
+        sides = every[: len(layers_s)], every[len(layers_s) :]
+        layers = [x for side in sides for x in arguments.floating(op, side)]
+        arguments.one_device(op, zip(names, layers, strict=True))
+    else:
+        layers = arguments.floating(op, every)
     shape = layers[0].shape
     if len(shape) == 0 or shape[-1] == 0:
         raise ValueError(f"{op}: layers_s[0] has shape {list(shape)}, should be [..., d], d >= 1")
@@ -172,6 +191,8 @@ def _check_layers(
 #                                      weights are made again: every kernel has all layers of a
 #                                      token at hand, and reading α costs more than its sums.
 #   layer_projection_loss_fused     (cpp) both in one read: rows, and the gradients as above.
+#   layer_projection_pairs_forward, (triton) the same of attend="pairs", all pairs in one launch,
+#   layer_projection_pairs_backward which the other backends take one by one.
 #
 # `losses` is attend="losses". What masked tokens hold reaches nothing; NaN in a valid token reaches
 # that token alone. With u_i = ∂ℓ_i/∂C_i and D_i the derivative of ℓ_i where h_i stands in the
@@ -246,6 +267,16 @@ _FUSED = library.define(
     _fake_fused,
     ("cpp",),
 )
+_PAIRS = f"{_LAYERS}, str objective, float temperature"
+_PAIRS_FORWARD = library.define(
+    "layer_projection_pairs_forward", f"({_PAIRS}) -> Tensor", _fake_rows, ("triton",)
+)
+_PAIRS_BACKWARD = library.define(
+    "layer_projection_pairs_backward",
+    f"(Tensor grad_rows, {_PAIRS}, int[] wanted) -> Tensor[]",
+    _fake_backward,
+    ("triton",),
+)
 
 
 class _Projection(torch.autograd.Function):
@@ -292,14 +323,17 @@ class _Loss(torch.autograd.Function):
         reduction: str,
         many_s: int,
         objective: str,
-        losses: bool,
+        attend: str,
         scale: float,
         temperature: float,
         mask: Tensor | None,
         *layers: Tensor,
     ) -> Tensor:
         ctx.backend, ctx.reduction, ctx.many_s = backend, reduction, many_s
-        ctx.options = (objective, losses, scale, temperature)
+        ctx.pairs = attend == "pairs"
+        ctx.options = (objective, attend == "losses", scale, temperature)
+        if ctx.pairs:
+            ctx.options = (objective, temperature)
         inputs = (list(layers[:many_s]), list(layers[many_s:]), mask, *ctx.options)
         factor = _factor(layers[0], many_s, mask, reduction)
         gradients: list[Tensor] = []
@@ -307,7 +341,7 @@ class _Loss(torch.autograd.Function):
             wanted = _wanted(ctx.needs_input_grad[-len(layers) :])
             rows, *gradients = _FUSED[backend](_spread(factor, layers[0], many_s), *inputs, wanted)
         else:
-            rows = _FORWARD[backend](*inputs)
+            rows = (_PAIRS_FORWARD if ctx.pairs else _FORWARD)[backend](*inputs)
         # Beside the saved tensors, so that backward may scale the gradients where they lie; what
         # packs saved tensors (offloading) does not see them. What has no gradient is let go.
         compiling = torch.compiler.is_compiling()
@@ -332,7 +366,7 @@ class _Loss(torch.autograd.Function):
                 mask, factor, *layers = restored
                 if ctx.reduction != "none":
                     grad = _spread(grad * factor, layers[0], ctx.many_s)
-                made = _BACKWARD[ctx.backend](
+                made = (_PAIRS_BACKWARD if ctx.pairs else _BACKWARD)[ctx.backend](
                     grad, layers[: ctx.many_s], layers[ctx.many_s :], mask, *ctx.options, wanted
                 )
                 learners = [layers[i] for i in wanted]
@@ -428,6 +462,21 @@ def _serve_loss(
     attend: str,
     reduction: str,
 ) -> Tensor:
+    if attend == "pairs" and backend not in _PAIRS_FORWARD:
+        losses = []
+        for s, t in zip(layers_s, layers_t, strict=True):
+            dtype = torch.promote_types(s.dtype, t.dtype)
+            losses.append(
+                _serve_loss(
+                    backend, layers_s=[s.to(dtype)], layers_t=[t.to(dtype)], objective=objective,
+                    scale=scale, temperature=temperature, mask=mask, attend="states",
+                    reduction=reduction,
+                )
+            )  # fmt: skip
+        if reduction == "none":
+            return torch.cat(losses, -1)
+        total = torch.stack(losses).sum()
+        return total / len(losses) if reduction == "mean" else total
     layers, mask = _flat(layers_s, layers_t, mask)
     # On a GPU the gradients would be written, read, and written again to be scaled: as many bytes
     # as reading the layers twice. In float16 they vanish before the loss is scaled up.
@@ -440,7 +489,7 @@ def _serve_loss(
     )
     result: Tensor = _Loss.apply(
         backend, fused, reduction, len(layers_s),
-        objective, attend == "losses", scale, temperature, mask, *layers,
+        objective, attend, scale, temperature, mask, *layers,
     )  # fmt: skip
     shape = layers_s[0].shape
     return result.view(*shape[:-1], len(layers_s)) if reduction == "none" else result
@@ -452,12 +501,14 @@ def _kernel(operator: str, backend: str) -> dispatch.Kernel:
                  "layer_projection_loss_forward", "layer_projection_loss_backward"]  # fmt: skip
         if backend in _FUSED:
             names.append("layer_projection_loss_fused")
+        if backend in _PAIRS_FORWARD:
+            names += ["layer_projection_pairs_forward", "layer_projection_pairs_backward"]
         library.load(backend, "layer_projection", names)
         serve = _serve_projection if operator == "layer_projection" else _serve_loss
         return functools.partial(serve, backend)
 
-    def refuses(*, layers_s: list[Tensor], **others: Any) -> str | None:
-        return library.refuses(backend, layers_s[0])
+    def refuses(*, layers_s: list[Tensor], layers_t: list[Tensor], **others: Any) -> str | None:
+        return library.refuses(backend, layers_s[0]) or library.refuses(backend, layers_t[0])
 
     return dispatch.Kernel(load, refuses)
 

@@ -105,7 +105,7 @@ class MemoryTerm(Term):
         losses = []
         for k in active_pairs(self.pairs, at):
             i, j = self.pairs[k]
-            loss: Any = self.memories[k].loss  # type: ignore[union-attr]
+            loss: Any = self.memories[k].loss
             mask = student.attention_mask if loss.padding == "masked" else None
             losses.append(loss(student.masked_states(i, mask), teacher.masked_states(j, mask)))
         return torch.stack(losses).mean()

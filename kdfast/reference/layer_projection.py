@@ -6,7 +6,7 @@ For one token with student states h_i and teacher states g_j
 
 (ALP-KD, Passban et al. 2021; on pseudo logits instead of states Universal-KD, Wu et al. 2021), and
 the loss compares h_i with C_i, or, for `attend="losses"`, mixes the losses of h_i against every g_j
-with the same weights.
+with the same weights, or, for `attend="pairs"`, compares h_i with g_i alone.
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ def layer_projection_loss(
 ) -> Tensor:
     """Reference of `kdfast.ops.layer_projection_loss`."""
     states_s, states_t = _stack(layers_s, mask), _stack(layers_t, mask)
-    weights = _weights(states_s, states_t, scale)
-    if attend == "states":
+    if attend == "pairs":
+        losses = _compare(states_s, states_t, objective, temperature)
+    elif attend == "states":
+        weights = _weights(states_s, states_t, scale)
         projected = product(weights, states_t.transpose(-1, -2))
         losses = _compare(states_s, projected, objective, temperature)
     else:  # one teacher layer at a time, rather than [..., L_s, L_t, d] at once
+        weights = _weights(states_s, states_t, scale)
         against = [
             _compare(states_s, state_t.unsqueeze(-2), objective, temperature)
             for state_t in states_t.unbind(-2)

@@ -213,7 +213,17 @@ def layer_projection(architecture, dtypes, widths, directions, exhaustive):
         wanted = list(range(len(layers_s) + teacher * len(layers_t)))
         module.loss_backward(torch.zeros(()).expand(rows.shape), *options, wanted)
 
+    def pairs(objective, dtype, d, many=6, teacher=False, of_teacher=None, **options):
+        layers_s, layers_t, mask = sides(dtype, d, many=(many, many), **options)
+        layers_t = [x.to(of_teacher or dtype) for x in layers_t]
+        options = (layers_s, layers_t, mask, objective, 2.0)
+        rows = module.pairs_forward(*options)
+        wanted = list(range(many + teacher * many))
+        module.pairs_backward(torch.zeros(()).expand(rows.shape), *options, wanted)
+
     for dtype in dtypes:
+        pairs("cosine", dtype, 768)
+        pairs("mse", dtype, 4096, teacher=True)
         project(dtype, 768)
         loss("mse", dtype, 768)
         loss("mse", dtype, 768, masked=False)
@@ -227,7 +237,13 @@ def layer_projection(architecture, dtypes, widths, directions, exhaustive):
         loss("mse", dtype, 128, many=(64, 64))
         if not exhaustive:
             continue
+        pairs("mse", torch.float32, 768, of_teacher=dtype)
         for teacher in (False, True):
+            for objective in ("mse", "cosine", "kl"):
+                for d in (3, 100, 384, 768, 1024, 8192):
+                    pairs(objective, dtype, d, teacher=teacher)
+            pairs("cosine", dtype, 768, many=1, teacher=teacher, masked=False)
+            pairs("cosine", dtype, 768, many=64, teacher=teacher, strided=True)
             for d in (3, 32, 100, 384, 768, 1024, 4096):
                 project(dtype, d, teacher=teacher)
                 loss("mse", dtype, d, teacher=teacher, masked=False)

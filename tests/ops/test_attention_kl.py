@@ -426,7 +426,7 @@ def nothing(query_s, key_s, query_t, key_t, direction):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("wrong", [unshifted, nothing])
 def test_bound_on_near_equal_maps_tells_a_wrong_loss(wrong, dtype):
-    error, bound = next(errors_and_bounds(wrong, 129, dtype, 20, "forward"))
+    error, bound = next(errors_and_bounds(wrong, 129, dtype, 100, "forward"))
     assert error > bound
 
 
