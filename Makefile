@@ -12,13 +12,14 @@ run := $(VENV)/bin/
 runtime := $(VENV)/.installed
 test := $(VENV)/.installed-test
 lint := $(VENV)/.installed-lint
+triton := $(VENV)/.installed-triton
 else
 python := $(PYTHON)
 run := $(PYTHON) -m #
 endif
 now := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help distill test test-all bench report gpu gpu-build gpu-test gpu-step gpu-sanitize lint clean
+.PHONY: help distill test test-all test-triton bench report gpu gpu-build gpu-test gpu-step gpu-sanitize lint clean
 .NOTPARALLEL:  # two pips in one environment break each other
 
 help:  ## this list
@@ -31,7 +32,12 @@ distill: $(runtime)  ## distil a small student from a real teacher, and show wha
 test: $(test)  ## the tests, without the exhaustive matrix and the GPU tests
 	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-test-all: $(test)  ## every test; those that need a GPU run where there is one
+# PyTorch's CUDA builds bring Triton along, its CPU builds do not: there `make test` leaves these out.
+test-triton: $(triton)  ## the Triton kernels: in its interpreter, and compiled ahead of time
+	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile tests/kernels $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile tests/ops -k triton $(ARGS)
+
+test-all: $(triton)  ## every test; those that need a GPU run where there is one
 	$(run)pytest -m "" $(ARGS)
 
 report: $(runtime)  ## the results in benchmarks/README.md, from the committed JSON
@@ -167,6 +173,10 @@ $(runtime): pyproject.toml setup.py constraints.txt requirements-demo.txt $(sour
 $(test): $(runtime)
 	$(project) ".[test]"
 	$(pip) repsim || echo "repsim needs a C++ compiler; the test that uses it is skipped"
+	touch $@
+
+$(triton): $(test)
+	$(pip) "triton>=3.6"
 	touch $@
 
 $(lint): $(runtime)
