@@ -243,7 +243,7 @@ class Capture:
         needs: less than what was asked for at the start, for a call that reads less. whole: run all
         of the model, also where its last layers and its head are not needed; otherwise the outputs
         may be None. padded: whether the attention mask leaves tokens out, where that is known: then
-        nobody looks, and a mask that leaves out none is not captured.
+        captured SDPA does not look, and a mask that leaves out none is not captured.
         """
         needs = self.needs if needs is None else needs
         stop = None
@@ -359,13 +359,16 @@ class Capture:
         own = getattr(model.config, "_attn_implementation", None)
         if own not in ("sdpa", ATTENTION_NAME) or self.shape.heads == 0:
             return
-        with _probing(model):
+        same = False
+        # A model that cannot be tried out runs as it is, and waits as ever.
+        with _probing(model), contextlib.suppress(Exception):
             inputs = _probe_inputs(model)
             before = model.base_model(**inputs, return_dict=True)[0]
             if self._use_interface():
                 after = model.base_model(**inputs, return_dict=True)[0]
-                if not torch.equal(before, after):
-                    self.close()
+                same = torch.equal(before, after)
+        if not same:
+            self.close()
 
     def _install_attention(self) -> str:
         """Choose the mechanism that reproduces eager attention on a probe; raise if none does."""

@@ -213,7 +213,8 @@ class Graphs:
             return list(losses), [loss.detach() for loss in losses.values()], gradients
 
         differentiated = tuple(x.requires_grad for x in own)
-        key = (at.stage, at.layers, len(masks), labels is None, self._settled, differentiated)
+        missing = (*(mask is None for mask in masks), labels is None)
+        key = (at.stage, at.layers, missing, self._settled, differentiated)
         recorded = self.of_losses.run(key, function, changing, settled)
         if recorded is None:
             return None

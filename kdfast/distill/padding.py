@@ -10,9 +10,9 @@ import torch
 MASKS = ("attention_mask", "teacher_attention_mask")
 # A batch's key for the masks, by name, that leave tokens out: a frozenset, which those who move
 # batches to a device leave alone.
-PADDED_MASKS = "padded_masks"
-# Of the inputs of one model: whether its mask does.
-PADDED = "padded"
+PADDED_MASKS = "kdfast_padded_masks"
+# Of the teacher's inputs: whether its mask does.
+PADDED = "kdfast_padded"
 
 
 class PaddingCollator:
@@ -20,7 +20,6 @@ class PaddingCollator:
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
-        self.pad_to = getattr(collate, "pad_to", None)  # as DistillationCollator says it
 
     def __call__(self, rows: list[Any]) -> Any:
         batch = self.collate(rows)

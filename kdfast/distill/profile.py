@@ -90,7 +90,11 @@ def _profile(
                 teacher = trainer._teacher_of(for_teacher, theirs, inputs.get(ROW))
             seconds["teacher"].append(clock.lap())
             _, student = trainer._student_capture(
-                for_student, forward=model, needs=own, whole=trainer._runs_whole
+                for_student,
+                forward=model,
+                needs=own,
+                whole=trainer._runs_whole,
+                padded=trainer._padded(inputs),
             )
             seconds["student"].append(clock.lap())
             learner, leaves = _cut(student)

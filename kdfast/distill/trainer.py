@@ -76,12 +76,13 @@ class DistillationArguments(TrainingArguments):
     waits on the CPU while the student trains. None runs it in every step. Files of a cache beyond
     1 GiB are checked in 64 places each, smaller ones whole, before they are used.
     cuda_graphs: record the teacher's forward pass, and the losses with their gradients, once for
-    each set of shapes (up to 32 a stage), and replay them: for small batches on an NVIDIA GPU,
-    which wait for launches. A set of shapes keeps what the losses read of both models, and its
-    gradients, so pad to few lengths (DistillationCollator's pad_to, or equal texts). Of one
-    process, not with fp16 or torch_compile (whose mode "reduce-overhead" makes graphs of student
-    and teacher, but not of the losses). Losses that change from step to step (annealing) and those
-    that look at their labels (rerankers) are launched as ever. No GPU has run it yet.
+    each set of shapes (up to 32 a stage; full batches apart from padded ones), and replay them: for
+    small batches on an NVIDIA GPU, which wait for launches. A set of shapes keeps what the losses
+    read of both models, and its gradients, so pad to few lengths (DistillationCollator's pad_to, or
+    equal texts). Of one process, not with fp16 or torch_compile (whose mode "reduce-overhead" makes
+    graphs of student and teacher, but not of the losses). Losses that change from step to step
+    (annealing) and those that look at their labels (rerankers) are launched as ever. No GPU has run
+    it yet.
     """
 
     recipe: str = field(default="internal", metadata={"help": "name of the recipe"})
@@ -121,9 +122,11 @@ class DistillationTrainer(Trainer):
         Everything else as in transformers.Trainer.
 
     A batch's columns prefixed "teacher_" go to the teacher, without the prefix; if there are none
-    the teacher sees the student's. Loss terms are logged apart as loss_<term>, unweighted. Beside
-    each saved student lies kdfast_state.safetensors with the recipe's learned parts, if any; its
-    metadata names the recipe and its options.
+    the teacher sees the student's. A training batch also says which of its masks leave tokens out,
+    as found where it was made (`kdfast_padded_masks`), so that nobody waits for the device to see
+    it: who changes a mask afterwards takes that entry away. Loss terms are logged apart as
+    loss_<term>, unweighted. Beside each saved student lies kdfast_state.safetensors with the
+    recipe's learned parts, if any; its metadata names the recipe and its options.
 
     Micro-batches of gradient accumulation, and the batches of several processes, are weighted by
     the samples or tokens that a term is the mean of, so that together they give the gradient of the
@@ -313,7 +316,6 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         student_inputs, teacher_inputs = self._split(inputs, model.training)
-        padded = student_inputs.pop(PADDED, None)
         if not model.training:
             # Evaluation reports the student's own loss on the labels, and keeps its logits only.
             if self._binary and "labels" in student_inputs:
@@ -330,7 +332,7 @@ class DistillationTrainer(Trainer):
             forward=model,
             needs=own,
             whole=return_outputs or self._runs_whole,
-            padded=padded,
+            padded=self._padded(inputs),
         )
         losses = self._weigh(self._losses(student, teacher, labels, at), inputs)
         if self._clock is not None:
@@ -402,8 +404,7 @@ class DistillationTrainer(Trainer):
     def _split(
         self, inputs: Mapping[str, Any], training: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What each model reads; PADDED says whether its mask leaves tokens out, where known."""
-        padded = inputs.get(PADDED_MASKS)
+        """What each model reads; to the teacher's, PADDED is added where it is known."""
         student, teacher = {}, {}
         for name, value in inputs.items():
             if name in (ROW, PADDED_MASKS):
@@ -412,11 +413,8 @@ class DistillationTrainer(Trainer):
                 teacher[name.removeprefix(TEACHER_PREFIX)] = value
             else:
                 student[name] = value
-        if padded is not None:
-            student[PADDED] = "attention_mask" in padded
         if teacher:
-            if padded is not None:
-                teacher[PADDED] = "teacher_attention_mask" in padded
+            teacher[PADDED] = self._padded(inputs, TEACHER_PREFIX)
             return student, teacher
         if not self._shared_tokens and self.recipe.needs_teacher() and training:
             raise InputError(
@@ -426,7 +424,13 @@ class DistillationTrainer(Trainer):
                 "the vocabularies are one and only padded differently, give both tokenizers as "
                 "processing_class and teacher_processing_class"
             )
-        return student, {k: v for k, v in student.items() if k != "labels"}
+        own = {k: v for k, v in student.items() if k != "labels"}
+        return student, {**own, PADDED: self._padded(inputs)}
+
+    def _padded(self, inputs: Mapping[str, Any], prefix: str = "") -> bool | None:
+        """Whether a mask leaves tokens out; None: not known."""
+        padded = inputs.get(PADDED_MASKS)
+        return None if padded is None else f"{prefix}attention_mask" in padded
 
     def _teacher_of(
         self,

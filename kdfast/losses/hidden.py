@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ from kdfast.losses.layers import (
     choose,
     statistics,
 )
-from kdfast.ops.layer_projection import layer_projection_loss
+from kdfast.ops.layer_projection import MAXIMUM_LAYERS, layer_projection_loss
 
 ROWS = ("cls", "tokens")
 
@@ -74,15 +75,30 @@ class _HiddenLoss(nn.Module):
         projected = self.projections([s for s, _ in pairs], which)
         for student, (_, teacher) in zip(projected, pairs, strict=True):
             check_widths(student, teacher)
-        loss = layer_projection_loss(
-            [self.compared(x) for x in projected],
-            [self.compared(x) for _, x in pairs],
-            objective=self.objective,
-            mask=attention_mask,
-            attend="pairs",
-            backend=self.backend,
-        )
-        return loss * len(pairs) if self.layers == "sum" else loss
+        students = _of_one_dtype([self.compared(x) for x in projected])
+        teachers = _of_one_dtype([self.compared(x) for _, x in pairs])
+        together = len(pairs) <= MAXIMUM_LAYERS and len({x.shape for x in students}) == 1
+        step = len(pairs) if together else 1
+        losses = [
+            step
+            * layer_projection_loss(
+                students[k : k + step],
+                teachers[k : k + step],
+                objective=self.objective,
+                mask=attention_mask,
+                attend="pairs",
+                backend=self.backend,
+            )
+            for k in range(0, len(pairs), step)
+        ]
+        total = losses[0] if together else torch.stack(losses).sum()
+        return total if self.layers == "sum" else total / len(pairs)
+
+
+def _of_one_dtype(layers: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Under autocast some layers may come in half precision and others not."""
+    widest = functools.reduce(torch.promote_types, (x.dtype for x in layers))
+    return [x.to(widest) for x in layers]
 
 
 class CosineLoss(_HiddenLoss):

@@ -208,3 +208,22 @@ def test_graphs_are_made_again_after_a_profile_on_a_gpu(make_trainer):
     torch.cuda.empty_cache()
     trainer.train()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_full_and_padded_batches_have_graphs_of_their_own(make_trainer, replays):
+    trainer = make_trainer("embedding", cuda_graphs=True)
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    mask = batch["attention_mask"]
+    full = {**batch, "attention_mask": torch.ones_like(mask), "kdfast_padded_masks": frozenset()}
+    for given in (batch, full, batch, full):
+        plain = make_trainer("embedding")
+        plain.model.load_state_dict(trainer.model.state_dict())
+        losses = []
+        for one in (trainer, plain):
+            for module in one.model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            losses.append(one.compute_loss(one.model.train(), dict(given)))
+            losses[-1].backward()
+        assert_equal_but_for_rounding(*losses)
+    assert replays.made == 4

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast.captured import Needs
 from kdfast.distill.capture import Capture
 from kdfast.distill.padding import PADDED_MASKS, PaddingCollator
+from kdfast.distill.profile import step_parts
 from kdfast.recipes import RECIPES
 
 # What reads a number of the device, or makes a tensor of a size that only the device knows.
@@ -22,9 +24,14 @@ WAITING = {
     "aten::_unique2",
     "aten::repeat_interleave.Tensor",
 }
-# Functions of kdfast that look at numbers of a CPU alone: masks of its tensors, and the upstream
-# gradient of losses whose gradients are made in their forward pass.
-OF_A_CPU = {"_zeros_and_ones", "_scaled"}
+# What of kdfast looks at numbers of a CPU alone: masks of its tensors, the upstream gradient of
+# losses whose gradients are made in their forward pass, and the masks of a batch that is made.
+OF_A_CPU = {
+    ("arguments.py", "_zeros_and_ones"),
+    ("attention_kl.py", "_scaled"),
+    ("layer_projection.py", "_scaled"),
+    ("padding.py", "__call__"),
+}
 OPTIONS = {"fsd": {"clusters": 8}}
 
 
@@ -45,7 +52,7 @@ class Waits(TorchDispatchMode):
         )
         if name in WAITING or by_mask:
             stack = traceback.extract_stack()[-9:-1]
-            if not OF_A_CPU & {frame.name for frame in stack}:
+            if not OF_A_CPU & {(Path(frame.filename).name, frame.name) for frame in stack}:
                 self.found.append(f"{name} in {' < '.join(map(_place, reversed(stack)))}")
         return function(*args, **(kwargs or {}))
 
@@ -85,6 +92,21 @@ def test_a_step_waits_for_nothing(make_trainer, recipe, full):
     with Waits() as waits:
         run_step(trainer, batch)
     assert waits.found == []
+
+
+@pytest.mark.parametrize("recipe", ["internal", "fsd", "universal", "minilmv2"])
+def test_a_training_waits_for_nothing_that_grows_with_its_steps(recipe, make_trainer):
+    found = []
+    for steps in (5, 10):
+        trainer = make_trainer(
+            recipe, recipe_options=OPTIONS.get(recipe), max_steps=steps, logging_steps=100,
+            save_strategy="no",
+        )  # fmt: skip
+        with Waits() as waits:
+            trainer.train()
+        found.append(waits.found)
+    # An epoch has six steps: the second one begins a new loader, which draws a seed.
+    assert len(found[1]) - len(found[0]) <= 2, found[1]
 
 
 @pytest.mark.gpu
@@ -150,3 +172,51 @@ def test_a_data_set_without_numbers_is_read_as_ever(make_trainer):
     trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
     assert PADDED_MASKS not in next(iter(trainer.get_train_dataloader()))
     trainer.train()
+
+
+SHAPE = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 32, "pad_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["Llama", "ModernBert", "Roberta"])
+@pytest.mark.parametrize("full", [False, True], ids=["padded", "full"])
+def test_causal_and_local_attention_is_the_same_when_told(family, full):
+    config = getattr(transformers, f"{family}Config")(
+        **SHAPE, **({"local_attention": 4} if family == "ModernBert" else {})
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config).eval()
+    ids = torch.arange(24).view(3, 8) % 50 + 5
+    mask = torch.ones_like(ids)
+    if not full:
+        mask[1, 5:], ids[1, 5:] = 0, 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        own = model(**inputs).logits
+        for needs in (Needs(logits=True), Needs(logits=True, attention=(1, 2))):
+            with Capture(model, needs) as capture:
+                told, _ = capture(inputs, padded=not full)
+            torch.testing.assert_close(told["logits"], own)
+
+
+def test_a_model_that_cannot_be_tried_out_runs_as_it_is(teacher, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no such inputs")
+
+    monkeypatch.setattr(teacher.bert, "forward", refuse)
+    with Capture(teacher, Needs(logits=True)) as capture:
+        assert capture.replaced is None
+        assert teacher.config._attn_implementation == "sdpa"
+
+
+def test_students_that_take_no_other_inputs_are_profiled(make_trainer):
+    """As kdfast's own: nothing that the host found out goes to the model."""
+    trainer = make_trainer("soft_labels")
+    forward = trainer.model.forward
+
+    def strict(input_ids=None, attention_mask=None, token_type_ids=None, return_dict=None):
+        return forward(input_ids, attention_mask, token_type_ids, return_dict=return_dict)
+
+    trainer.model.forward = strict
+    trainer.train()
+    assert step_parts(trainer, batches=1)

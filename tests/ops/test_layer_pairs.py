@@ -288,6 +288,19 @@ def test_losses_of_several_pairs_are_those_of_each(make, rows, reduction):
     torch.testing.assert_close(loss(hidden_s, hidden_t, mask), expected)
 
 
+def test_pairs_of_other_shapes_and_dtypes_are_taken_as_they_come():
+    shapes = ((2, 5, 8), (2, 5, 8), (2, 3, 4))
+    hidden_s = [torch.randn(shape) for shape in shapes]
+    hidden_t = [torch.randn(shape).to(dtype) for shape, dtype in zip(
+        shapes, (torch.bfloat16, torch.float32, torch.float32), strict=True)]  # fmt: skip
+    loss = HiddenMSELoss()
+    apart = [loss(s, t.float()) for s, t in zip(hidden_s, hidden_t, strict=True)]
+    torch.testing.assert_close(loss(hidden_s, hidden_t), sum(apart))
+    torch.testing.assert_close(loss(hidden_s[:2], hidden_t[:2]), sum(apart[:2]))
+    many = [torch.randn(2, 3, 4)] * 70
+    torch.testing.assert_close(loss(many, [x + 1 for x in many]), torch.tensor(70.0))
+
+
 # Errors
 
 
