@@ -6,6 +6,9 @@ in turn, round after round, never both at once; what counts are ratios of times 
 third process computes in float64 what is right, so that the two that are timed do the same work and
 nothing else.
 
+The rows are those of operators, or of the suite `step`: whole training steps, of soft labels and of
+kdfast. Of a step the right loss is that of this tree's eager losses.
+
 A row is slower when a 99 % interval of the median ratio new / old lies above 1 + tolerance, faster
 when it lies below 1 / (1 + tolerance). The interval is that of the sign test: it takes the ratios
 for nothing but independent.
@@ -17,10 +20,11 @@ The results, as JSON, are those of `harness`, but for
     tolerance   0.03 for 3 %
     revisions   {new, old: {name, commit, tree: of git, changed: whether the working tree differs
                  from the commit}}
-    rows        [{operator, name, shape, dtype, pass, options,
-                  variants: {new, old: "kdfast BACKEND" | null},
+    rows        [{operator ("step" for a step), name, shape, dtype, pass, options,
+                  variants: {new, old: "kdfast BACKEND", or of a step its variant | null},
                   seconds: {new, old: [one a round]},
-                  error: {new, old: {loss and each gradient: |x - x64|max / |x64|max} | null},
+                  error: {new, old: {loss and each gradient: |x - x64|max / |x64|max; of a step
+                          that of its loss} | null},
                   ratio: {median, quartiles: [low, high], interval: [low, high]} | null,
                   verdict: "same" | "slower" | "faster" | null,
                   skipped: why it was not compared | null,
@@ -32,6 +36,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import hashlib
 import itertools
@@ -48,14 +53,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kdfast
-from kdfast.benchmarks import harness, report
+from kdfast.benchmarks import harness, report, step
 from kdfast.benchmarks.harness import Row
 from kdfast.errors import BackendError, InputError, nearest
 from kdfast.ops import dispatch, library
@@ -68,6 +73,45 @@ CONFIDENCE = 0.99
 LEAST_SECONDS = 0.02
 REPEATS = 9
 SOURCES = ("kdfast", "kernels", "benchmarks", "csrc")
+
+
+# Rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """A variant of a row of the suite `step`."""
+
+    row: step.Row
+    variant: str
+
+    @property
+    def operator(self) -> str:
+        return "step"
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    def described(self) -> dict[str, Any]:
+        shape = {"B": self.row.batch, "N": self.row.tokens}
+        return {"operator": "step", "name": self.name, "shape": shape, "dtype": self.row.dtype,
+                "pass": "step", "options": {}}  # fmt: skip
+
+    def memory(self) -> tuple[int, int]:
+        """As `harness.memory_of`: of this variant alone."""
+        others = tuple(name for name in step.VARIANTS if name != self.variant)
+        return step.needed(replace(self.row, without=others))
+
+
+def steps_of(which: str, only: str) -> list[Step]:
+    """Soft labels, which the rows of several methods share, and kdfast's losses."""
+    found: dict[Any, Step] = {}
+    for row in step.rows_of(which, only):
+        shared = (row.pair, row.batch, row.tokens, row.dtype)
+        found.setdefault(shared, Step(replace(row, method="soft labels"), "soft labels"))
+        found[row] = Step(row, "kdfast")
+    return list(found.values())
 
 
 # Revisions
@@ -342,7 +386,8 @@ class _Served:
         torch.compile = lambda function, **_: function  # type: ignore[assignment]
         self.device = torch.device(device)
         self.clock = harness.Clock(self.device)
-        self.steps: tuple[Any, Any] | None = None
+        self.timed: Callable[[], float] | None = None
+        self.close: Callable[[], None] | None = None
         return {}
 
     def judge(self, row: dict[str, Any], exact: str, eager: bool) -> dict[str, Any]:
@@ -362,13 +407,54 @@ class _Served:
         self.release()
         return {"eager": error}
 
+    def judge_step(self, row: dict[str, Any], variant: str) -> dict[str, Any]:
+        """The loss that a variant of a step should have."""
+        with step.losses_of(variant):
+            stepper = self._stepper(row, variant)
+            try:
+                return {"loss": stepper.loss()}
+            finally:
+                stepper.close()
+                del stepper
+                self.release()
+
     def prepare(self, row: dict[str, Any], backend: str, exact: str) -> dict[str, Any]:
         """The variant that serves, its error, and the seconds of a run; or why none does."""
+        return self._or_why_not(lambda: self._prepare(row, backend, exact))
+
+    def prepare_step(
+        self, row: dict[str, Any], variant: str, right: float | None
+    ) -> dict[str, Any]:
+        """As `prepare`."""
+        return self._or_why_not(lambda: self._prepare_step(row, variant, right))
+
+    def _or_why_not(self, prepare: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
-            return self._prepare(row, backend, exact)
+            return prepare()
         except Exception as error:
-            self.release()
-            return {"skipped": harness.one_line(error)}
+            found = harness.one_line(error)
+        self.release()
+        return {"skipped": found}
+
+    def _prepare_step(
+        self, row: dict[str, Any], variant: str, right: float | None
+    ) -> dict[str, Any]:
+        stepper = self._stepper(row, variant)
+        self.close = stepper.close
+        error = None
+        if right is not None:  # 1 − cos of states that are nearly equal is rounding
+            error = {"loss": abs(stepper.loss() - right) / max(abs(right), 0.01)}
+        self.timed = lambda: step.timed(stepper.step, self.device)
+        for _ in range(2):  # the first also allocates what the optimizer keeps
+            seconds = self.timed()
+        return {"variant": variant, "error": error, "seconds": seconds}
+
+    def _stepper(self, row: dict[str, Any], variant: str) -> step.Stepper:
+        what = step.Row(**row | {"without": tuple(row["without"])})
+        pair = step.make_pair(what.pair, what.tokens)
+        pair.teacher.to(self.device)
+        torch.manual_seed(0)
+        return step.Stepper(pair, what, variant, step.make_batch(pair, what), self.device)
 
     def _prepare(self, row: dict[str, Any], backend: str, exact: str) -> dict[str, Any]:
         what, problem = self._problem(row)
@@ -391,25 +477,27 @@ class _Served:
                 right = {k: x.to(self.device) for k, x in torch.load(exact).items()}
                 error = harness.errors(right, found)
                 del found, right
-                self.steps = steps
+                self.timed = functools.partial(self.clock, *steps)
                 gc.collect()
-                self.clock(*steps)
-                return {"variant": variant, "error": error, "seconds": self.clock(*steps)}
+                self.timed()
+                return {"variant": variant, "error": error, "seconds": self.timed()}
         del problem, variants
         self.release()
         text = "; ".join(f"kdfast {x}: {reasons.get(x) or 'cannot serve this row'}" for x in tried)
         return {"skipped": text}
 
     def run(self, repeats: int) -> dict[str, Any]:
-        assert self.steps is not None
+        assert self.timed is not None
         gc.disable()
         try:
-            return {"seconds": statistics.median(self.clock(*self.steps) for _ in range(repeats))}
+            return {"seconds": statistics.median(self.timed() for _ in range(repeats))}
         finally:
             gc.enable()
 
     def release(self) -> dict[str, Any]:
-        self.steps = None
+        if self.close is not None:
+            self.close()
+        self.timed = self.close = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -474,13 +562,18 @@ def run(
 ) -> dict[str, Any]:
     """Compare this tree with the revision `name` of its git, row by row; `write` sees each state.
 
+    `operators`: theirs are the rows, or of ("step",) whole training steps, with backend="auto".
     `seconds` is what the rounds of a row may take, `tolerance` what may be lost (0.03: 3 %).
     Raises: InputError for an unknown revision, backend or row, where there is no checkout, and
     where a revision does not compile or cannot run these benchmarks.
     """
     check_backend(backend, device)
     which = which or device.type
-    rows = harness.rows_of(operators, which, only)
+    rows: Sequence[Row | Step] = (
+        steps_of(which, only)
+        if list(operators) == ["step"]
+        else harness.rows_of(operators, which, only)
+    )
     if seconds is None:
         seconds = 2.0 if which == "quick" else 15.0 if device.type == "cpu" else 3.0
     root = checkout()
@@ -530,7 +623,7 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def _compare(
-    row: Row,
+    row: Row | Step,
     workers: dict[str, Worker],
     device: torch.device,
     backend: str,
@@ -539,7 +632,7 @@ def _compare(
     exact: Path,
 ) -> dict[str, Any]:
     record: dict[str, Any] = {
-        **harness.described(row),
+        **(row.described() if isinstance(row, Step) else harness.described(row)),
         "variants": dict.fromkeys(SIDES),
         "seconds": {side: [] for side in SIDES},
         "error": dict.fromkeys(SIDES),
@@ -549,7 +642,7 @@ def _compare(
         "others": None,
         "wrong": {side: [] for side in SIDES},
     }
-    problem, dense = harness.memory_of(row)
+    problem, dense = row.memory() if isinstance(row, Step) else harness.memory_of(row)
     if reason := harness.too_large(2 * problem, device):  # two processes hold it
         return record | {"skipped": reason}
 
@@ -559,18 +652,31 @@ def _compare(
         except Died as error:
             return {"skipped": str(error)}
 
-    request = {"row": asdict(row), "exact": str(exact)}
     eager = harness.too_large(problem + dense, device) is None
-    judged = ask("judge", "judge", **request, eager=eager)
-    if reason := judged.get("skipped"):
-        return record | {"skipped": f"float64: {reason}"}
-    ready = {side: ask(side, "prepare", **request, backend=backend) for side in SIDES}
-    exact.unlink()
+    if isinstance(row, Step):
+        of_step: dict[str, Any] = {"row": asdict(row.row), "variant": row.variant}
+        judged: dict[str, Any] = {}
+        if eager and row.variant == "kdfast":  # soft labels are nobody's kernel
+            judged = ask("judge", "judge_step", **of_step | {"variant": "eager"})
+        of_step["right"] = judged.get("loss")
+        ready = {side: ask(side, "prepare_step", **of_step) for side in SIDES}
+    else:
+        request = {"row": asdict(row), "exact": str(exact)}
+        judged = ask("judge", "judge", **request, eager=eager)
+        if reason := judged.get("skipped"):
+            return record | {"skipped": f"float64: {reason}"}
+        ready = {side: ask(side, "prepare", **request, backend=backend) for side in SIDES}
+        exact.unlink()
     for side, reply in ready.items():
-        if "variant" in reply:
-            record["variants"][side], record["error"][side] = reply["variant"], reply["error"]
+        if "variant" not in reply:
+            continue
+        record["variants"][side], record["error"][side] = reply["variant"], reply["error"]
+        if not isinstance(row, Step):
             found = {"eager": {"error": judged["eager"]}, reply["variant"]: reply}
             record["wrong"][side] = harness.wrong_outputs(found, row.dtype)
+        elif reply["error"] and not reply["error"]["loss"] <= step.LOSS_TOLERANCE[row.row.dtype]:
+            off = f"its loss is off by {reply['error']['loss']:.1e} of that of eager losses"
+            record["wrong"][side] = [off]
     reasons = {side: reply["skipped"] for side, reply in ready.items() if "skipped" in reply}
     ours = [worker.process.pid for worker in workers.values() if worker.process is not None]
     others = harness.OtherWork(ours) if device.type == "cpu" else None
@@ -674,6 +780,6 @@ def text(results: dict[str, Any]) -> str:
         "",
         "Ratios are medians over rounds of time of this tree / time of the other revision in the "
         f"same round, with the middle half's ends. Slower, faster: by more than {tolerance}, with "
-        f"{100 * CONFIDENCE:g} % confidence. Caches are cold.",
+        f"{100 * CONFIDENCE:g} % confidence. Caches are cold, but of whole steps.",
     ]
     return "\n".join(lines)

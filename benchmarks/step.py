@@ -508,7 +508,7 @@ def measure(
             say(f"round {number + 1}")
             for name in order:
                 with losses_of(name):
-                    variants[name]["seconds"].append(_timed(steppers[name].step, device))
+                    variants[name]["seconds"].append(timed(steppers[name].step, device))
             spent = sum(sum(v["seconds"]) for v in variants.values())
             if number + 1 >= rounds[0] and spent * (number + 2) / (number + 1) > seconds:
                 break
@@ -538,7 +538,7 @@ def described(row: Row) -> dict[str, Any]:
     }
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> float:
+def timed(step: Callable[[], None], device: torch.device) -> float:
     import time
 
     if device.type == "cuda":
@@ -598,6 +598,17 @@ def needed(row: Row) -> tuple[int, int]:
     return int(4 * teacher + trainers + size * tokens * width * layers * 30), int(size * maps)
 
 
+def rows_of(which: str, only: str = "") -> list[Row]:
+    """Raises: InputError where no row has `only` in its name."""
+    rows = [row for row in ROWS[which] if only in row.name]
+    if not rows:
+        raise InputError(
+            f"no row of the set {which!r} of step has {only!r} in its name: "
+            f"{', '.join(row.name for row in ROWS[which])}"
+        )
+    return rows
+
+
 def run(
     device: torch.device,
     *,
@@ -608,12 +619,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure the rows of a set (by default that of the device); `write` sees each state."""
     which = which or device.type
-    rows = [row for row in ROWS[which] if only in row.name]
-    if not rows:
-        raise InputError(
-            f"no row of the set {which!r} of step has {only!r} in its name: "
-            f"{', '.join(row.name for row in ROWS[which])}"
-        )
+    rows = rows_of(which, only)
     results = harness.begun(which, device, suite="step")
     quick = which == "quick"
     if seconds is None:

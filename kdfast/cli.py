@@ -249,10 +249,16 @@ def _bench(options: argparse.Namespace) -> int:
                 f"have: {', '.join(known)}"
             )
     if suites := [name for name in options.operator if name in harness.SUITES]:
-        if len(options.operator) > 1 or options.tune or options.against is not None:
+        if len(options.operator) > 1 or options.tune:
             raise InputError(
-                f"{suites[0]} is a suite of its own: give no other operator, --tune or --against"
+                f"{suites[0]} is a suite of its own: give no other operator, no --tune"
             )
+        if options.against is not None and (suites != ["step"] or options.backend is not None):
+            raise InputError(
+                "--against compares operators or the suite step, and --backend is of operators: "
+                "leave one of them out"
+            )
+    if suites and options.against is None:
         for name in ("backend", "tolerance"):
             if getattr(options, name) is not None:
                 raise InputError(f"--{name} is of --against REV, which is not given")
@@ -277,7 +283,8 @@ def _bench(options: argparse.Namespace) -> int:
         results = report.read_runs(options.source)
         if suite := results.get("suite"):
             raise InputError(f"--from holds results of the suite {suite}: kdfast bench {suite}")
-        results["rows"] = [row for row in results["rows"] if row["operator"] in operators]
+        if options.operator:
+            results["rows"] = [row for row in results["rows"] if row["operator"] in operators]
     else:
         device = torch.device(_bench_device(options))
         if options.tune:

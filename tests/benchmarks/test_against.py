@@ -2,10 +2,12 @@
 needs no compiler; and rows that memory would not hold."""
 
 import json
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,66 @@ def test_tree_is_the_same_as_itself(
     assert status == 0, err
     assert out.count(" same |") == 2 and "changed" not in out
     assert list(scratch.iterdir()) == []
+
+
+def test_whole_steps_are_compared(
+    bench: Callable[..., Result], repository: Path, scratch: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Both sides in this process, whose old one is the slower."""
+
+    class Here(against._Served):
+        process = None
+        timed: Any
+        close: Any
+
+        def __init__(self, tree: Path, device: torch.device, log: Path) -> None:
+            self.tree, self.device = tree, device
+            self.timed = self.close = None
+
+        def start(self) -> None:  # type: ignore[override]
+            pass
+
+        end = start
+
+        def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+            reply: dict[str, Any] = getattr(self, what)(**json.loads(json.dumps(arguments)))
+            if what == "run" and self.tree.name == "old":
+                reply["seconds"] *= 10
+            return reply
+
+    monkeypatch.setattr(against, "Worker", Here)
+    monkeypatch.setattr(against, "needed_libraries", lambda *_: [])
+    file = tmp_path / "results.json"
+    status, out, err = bench(
+        "step", "--against", "HEAD", "--quick", "--only", "internal", "--json", file
+    )
+    assert status == 0, err
+    soft, internal = json.loads(file.read_text())["rows"]
+    assert soft["name"] == "tiny soft labels B4 N16 float32" and soft["operator"] == "step"
+    assert soft["variants"]["new"] == "soft labels" and soft["error"]["new"] is None
+    assert internal["variants"] == {"new": "kdfast", "old": "kdfast"}
+    assert internal["error"]["new"]["loss"] == internal["error"]["old"]["loss"] < 1e-4
+    for row in (soft, internal):
+        assert row["verdict"] == "faster" and len(row["seconds"]["old"]) >= 12
+        assert not row["wrong"]["new"]
+    assert re.search(r"step tiny internal B4 N16 float32 +\| +kdfast +\|", out)
+    assert bench("--from", file)[:2] == (0, out)
+
+
+def test_a_wrong_loss_of_a_step_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = against._Served()
+    served.device, served.timed, served.close = CPU, None, None
+    row = against.steps_of("quick", "internal")[1]
+    request = {"row": asdict(row.row), "variant": row.variant}
+    right = served.judge_step(**request | {"variant": "eager"})["loss"]
+    assert served.prepare_step(**request, right=right)["error"]["loss"] < 1e-4
+    served.release()
+    assert served.prepare_step(**request, right=right + 1)["error"]["loss"] > 0.1
+    served.release()
+    monkeypatch.setattr(served, "_stepper", lambda *_: 1 / 0)
+    found = served.prepare_step(**request, right=right)
+    assert found == {"skipped": "ZeroDivisionError: division by zero"}
 
 
 def test_revision_that_cannot_run_the_benchmarks_is_named(

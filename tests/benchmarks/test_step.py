@@ -117,7 +117,10 @@ def test_the_command_reports_what_was_measured_and_refuses_what_is_something_els
         (["--from", str(file)], "of the suite step"),
         (["scale", "--from", str(file)], "no results of the suite scale"),
         (["step", "cka"], "a suite of its own"),
-        (["step", "--against", "HEAD"], "a suite of its own"),
+        (["step", "--tune"], "a suite of its own"),
+        (["scale", "--against", "HEAD"], "--against compares operators or the suite step"),
+        (["step", "--against", "HEAD", "--backend", "cpp"], "--backend is of operators"),
+        (["step", "--tolerance", "3"], "--tolerance is of --against REV"),
         (["stpe"], "did you mean 'step'"),
     ):
         capsys.readouterr()
