@@ -7,7 +7,7 @@ third process computes in float64 what is right, so that the two that are timed 
 nothing else.
 
 The rows are those of operators, or of the suite `step`: whole training steps, of soft labels and of
-kdfast. Of a step the right loss is that of this tree's eager losses.
+kdfast. Of a step, loss and gradient of this tree's eager losses are right.
 
 A row is slower when a 99 % interval of the median ratio new / old lies above 1 + tolerance, faster
 when it lies below 1 / (1 + tolerance). The interval is that of the sign test: it takes the ratios
@@ -407,26 +407,27 @@ class _Served:
         self.release()
         return {"eager": error}
 
-    def judge_step(self, row: dict[str, Any], variant: str) -> dict[str, Any]:
-        """The loss that a variant of a step should have."""
-        with step.losses_of(variant):
-            stepper = self._stepper(row, variant)
-            try:
-                return {"loss": stepper.loss()}
-            finally:
-                stepper.close()
-                del stepper
-                self.release()
+    def judge_step(self, row: dict[str, Any], exact: str) -> dict[str, Any]:
+        """Write what eager losses give into a file."""
+        return self._or_why_not(lambda: self._judge_step(row, exact))
+
+    def _judge_step(self, row: dict[str, Any], exact: str) -> dict[str, Any]:
+        stepper = self._stepper(row, "eager")
+        with step.losses_of("eager"):
+            found = stepper.outcome()
+        torch.save([found.loss, found.gradient], exact)
+        stepper.close()
+        del stepper, found
+        self.release()
+        return {}
 
     def prepare(self, row: dict[str, Any], backend: str, exact: str) -> dict[str, Any]:
         """The variant that serves, its error, and the seconds of a run; or why none does."""
         return self._or_why_not(lambda: self._prepare(row, backend, exact))
 
-    def prepare_step(
-        self, row: dict[str, Any], variant: str, right: float | None
-    ) -> dict[str, Any]:
-        """As `prepare`."""
-        return self._or_why_not(lambda: self._prepare_step(row, variant, right))
+    def prepare_step(self, row: dict[str, Any], variant: str, exact: str | None) -> dict[str, Any]:
+        """As `prepare`; without an error where nothing says what is right."""
+        return self._or_why_not(lambda: self._prepare_step(row, variant, exact))
 
     def _or_why_not(self, prepare: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -436,14 +437,12 @@ class _Served:
         self.release()
         return {"skipped": found}
 
-    def _prepare_step(
-        self, row: dict[str, Any], variant: str, right: float | None
-    ) -> dict[str, Any]:
+    def _prepare_step(self, row: dict[str, Any], variant: str, exact: str | None) -> dict[str, Any]:
         stepper = self._stepper(row, variant)
         self.close = stepper.close
         error = None
-        if right is not None:  # 1 − cos of states that are nearly equal is rounding
-            error = {"loss": abs(stepper.loss() - right) / max(abs(right), 0.01)}
+        if exact is not None:
+            error = stepper.outcome().error(step.Outcome(*torch.load(exact)))
         self.timed = lambda: step.timed(stepper.step, self.device)
         for _ in range(2):  # the first also allocates what the optimizer keeps
             seconds = self.timed()
@@ -655,11 +654,14 @@ def _compare(
     eager = harness.too_large(problem + dense, device) is None
     if isinstance(row, Step):
         of_step: dict[str, Any] = {"row": asdict(row.row), "variant": row.variant}
-        judged: dict[str, Any] = {}
+        of_step["exact"] = None
         if eager and row.variant == "kdfast":  # soft labels are nobody's kernel
-            judged = ask("judge", "judge_step", **of_step | {"variant": "eager"})
-        of_step["right"] = judged.get("loss")
+            judged = ask("judge", "judge_step", row=of_step["row"], exact=str(exact))
+            if reason := judged.get("skipped"):
+                return record | {"skipped": f"eager: {reason}"}
+            of_step["exact"] = str(exact)
         ready = {side: ask(side, "prepare_step", **of_step) for side in SIDES}
+        exact.unlink(missing_ok=True)
     else:
         request = {"row": asdict(row), "exact": str(exact)}
         judged = ask("judge", "judge", **request, eager=eager)
@@ -674,9 +676,8 @@ def _compare(
         if not isinstance(row, Step):
             found = {"eager": {"error": judged["eager"]}, reply["variant"]: reply}
             record["wrong"][side] = harness.wrong_outputs(found, row.dtype)
-        elif reply["error"] and not reply["error"]["loss"] <= step.LOSS_TOLERANCE[row.row.dtype]:
-            off = f"its loss is off by {reply['error']['loss']:.1e} of that of eager losses"
-            record["wrong"][side] = [off]
+        elif reply["error"]:
+            record["wrong"][side] = step.wrong(reply["error"], row.row.dtype)
     reasons = {side: reply["skipped"] for side, reply in ready.items() if "skipped" in reply}
     ours = [worker.process.pid for worker in workers.values() if worker.process is not None]
     others = harness.OtherWork(ours) if device.type == "cpu" else None

@@ -8,19 +8,23 @@ round:
     eager          soft labels and the method's losses as plain PyTorch
     compile        the same losses, each by torch.compile
     kdfast         the same losses on kdfast's operators
-    ... cached     soft labels, and kdfast, with what they need of the teacher read from a cache
-    ... graphs     both with teacher and losses replayed as CUDA graphs; on a GPU alone
+    ... cached     soft labels, eager and kdfast, with what they need of the teacher read from files
+    ... graphs     soft labels and kdfast with teacher and losses replayed as CUDA graphs, on a GPU
 
 All are DistillationTrainers on equal students; a step is the trainer's own training step (teacher,
 student, losses, backward), clipping, optimizer and schedule, of one batch that is there. Attention
-dropout is 0. What counts are the ratios within rounds of kdfast to soft labels and to eager.
+dropout is 0. What counts are the ratios within rounds of kdfast to soft labels and to eager. The
+loss and the student's gradient of eager are what is right for the others; where eager does not fit,
+those of one sample of the batch.
 
 The results are as in `harness`, but for `suite` ("step") and the rows:
 
     rows  [{name, pair, method, dtype, shape: {B, N}, tokens: valid ones of the batch,
             skipped: why nothing was run, such as too little memory | null,
             variants: {name: {seconds: [one a round], loss: of the first step, before any update,
-                              parts: {part: [seconds]} (see kdfast.distill.profile),
+                              error: {loss, gradient: |x - eager| / |eager|} | null,
+                              parts: {part: [seconds of steps among the first rounds]} (see
+                                      kdfast.distill.profile),
                               memory: peak bytes of a step, of a process of its own | null,
                               skipped: why it was not run | null}},
             others, wrong}]
@@ -36,7 +40,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +57,8 @@ CACHED = " cached"
 GRAPHS = " graphs"
 VARIANTS = (
     *("fine-tuning", "soft labels", "eager", "compile", "kdfast"),
-    *(f"{name}{how}" for how in (CACHED, GRAPHS) for name in ("soft labels", "kdfast")),
+    *(f"{name}{CACHED}" for name in ("soft labels", "eager", "kdfast")),
+    *(f"{name}{GRAPHS}" for name in ("soft labels", "kdfast")),
 )
 # With every layer mapped. The structures of fsd are on the penultimate layer, as in the paper.
 METHODS: dict[str, dict[str, Any]] = {
@@ -62,7 +67,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "universal": {"recipe": "universal", "label_share": 0.0},
 }
 ALL = "all three"
-LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+BASELINES = ("fine-tuning", "soft labels")
+TOLERANCE = {
+    "float32": {"loss": 1e-4, "gradient": 1e-3},
+    "bfloat16": {"loss": 3e-2, "gradient": 0.1},
+}
+PROFILED = 3  # rounds in which each variant's step is also taken apart
 
 
 @dataclass(frozen=True)
@@ -92,11 +102,12 @@ _HALF: dict[str, Any] = {"dtype": "bfloat16"}
 ROWS = {
     "cpu": [
         *_rows("minilm", EACH, 32, 128, memory=True),
+        *_rows("quickstart", ("internal",), 32, None),
         *_rows("minilm", ("internal", ALL), 32, None),
-        *_rows("minilm", ("internal",), 8, 128, without=("compile",)),
-        *_rows("minilm", ("internal",), 32, 256, without=("compile",)),
-        *_rows("minilm", ("internal",), 32, 512, memory=True),
-        *_rows("bert", ("internal",), 8, 128, without=("compile",)),
+        *_rows("minilm", ("internal",), 8, 128),
+        *_rows("minilm", ("internal",), 32, 256),
+        *_rows("minilm", ("internal", ALL), 32, 512, memory=True),
+        *_rows("bert", ("internal",), 8, 128),
     ],
     "cuda": [
         *_rows("bert", EACH, 256, 128, **_HALF, memory=True),
@@ -121,27 +132,33 @@ class Pair:
     """A teacher, how its students are made, and batches for both."""
 
     teacher: Any
-    layers: int
+    layers: int | list[int]
     tokenizer: Any = None
+    frozen: bool = False  # the student's embeddings
 
     def student(self) -> Any:
-        from kdfast.distill.models import cut_student
+        from kdfast.distill.models import cut_student, freeze_embeddings
 
         torch.manual_seed(0)
-        return cut_student(self.teacher, self.layers, label_names=["no", "yes"])
+        student = cut_student(self.teacher, self.layers, label_names=["no", "yes"])
+        if self.frozen:
+            freeze_embeddings(student)
+        return student
 
 
 def make_pair(name: str, tokens: int | None) -> Pair:
     """bert: BERT-base of random weights, 12 layers to 6. minilm: the demo's model, 6 to 3 (384
-    wide). tiny: for tests, 4 to 2."""
+    wide). quickstart: the student of `make distill`, 2 of its layers and frozen embeddings. tiny:
+    for tests, 4 to 2."""
     from transformers import BertConfig, BertForSequenceClassification
 
     from kdfast.distill.models import load_model, load_tokenizer
 
     torch.manual_seed(0)
-    if name == "minilm":
+    if name in ("minilm", "quickstart"):
         teacher = load_model("demo:minilm", label_names=["no", "yes"])
-        return Pair(teacher, 3, load_tokenizer("demo:minilm"))
+        layers, frozen = (3, False) if name == "minilm" else ([0, 3], True)
+        return Pair(teacher, layers, load_tokenizer("demo:minilm"), frozen)
     positions = max(512, tokens or 0)
     if name == "bert":
         config = BertConfig(max_position_embeddings=positions)
@@ -197,6 +214,31 @@ def recipe_of(variant: str, method: str, tokens: int) -> tuple[str, dict[str, An
     parts = [{**options, "soft_label_weight": 0.0} for options in METHODS.values()]
     del parts[0]["soft_label_weight"]
     return "custom", {"losses": parts, "max_length": tokens}
+
+
+@dataclass
+class Outcome:
+    """loss, and gradient [P] of the student's parameters, float32."""
+
+    loss: float
+    gradient: Tensor
+
+    def error(self, right: Outcome) -> dict[str, float]:
+        # 1 − cos of states that are nearly equal is rounding.
+        loss = abs(self.loss - right.loss) / max(abs(right.loss), 0.01)
+        return {
+            "loss": loss,
+            "gradient": float((self.gradient - right.gradient).norm() / right.gradient.norm()),
+        }
+
+
+def wrong(error: dict[str, float], dtype: str) -> list[str]:
+    """What is further from eager than it may be."""
+    return [
+        f"its {what} is off by {error[what]:.1e} of that of eager losses"
+        for what, most in TOLERANCE[dtype].items()
+        if not error[what] <= most  # nor NaN
+    ]
 
 
 class Stepper:
@@ -259,21 +301,24 @@ class Stepper:
         trainer.lr_scheduler.step()
         trainer.model.zero_grad()
 
-    def loss(self) -> float:
-        """Of the batch as it stands, without dropout."""
+    def outcome(self) -> Outcome:
+        """Of the batch as it stands, without dropout; nothing is updated."""
         trainer = self.trainer
         dropouts = [m for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)]
         shares = [module.p for module in dropouts]
-        trainer.model.train()
-        inputs = trainer._prepare_inputs(dict(self.batch))
         try:
             for module in dropouts:
                 module.p = 0.0
-            with torch.no_grad(), trainer.compute_loss_context_manager():
-                return float(trainer.compute_loss(trainer.model_wrapped, inputs))
+            loss = float(trainer.training_step(trainer.model_wrapped, dict(self.batch)))
+            found = [
+                p.grad.float().flatten() for p in trainer.model.parameters() if p.grad is not None
+            ]
+            return Outcome(loss, torch.cat(found).cpu())
         finally:
             for module, share in zip(dropouts, shares, strict=True):
                 module.p = share
+            trainer.model.zero_grad()
+            trainer.recipe.zero_grad()
 
     def close(self) -> None:
         self.trainer.close()
@@ -318,11 +363,13 @@ def eager_attention_kl(
 
 
 def _centred(x: Tensor, mask: Tensor | None) -> Tensor:
-    x = x.float()
+    """In the dtype of x, in which the products are then taken; means are float32."""
+    own, x = x.dtype, x.float()
     if mask is None:
-        return x - x.mean(-2, keepdim=True)
+        return (x - x.mean(-2, keepdim=True)).to(own)
     valid = mask.unsqueeze(-1).to(x.dtype)
-    return (x - (x * valid).sum(-2, keepdim=True) / valid.sum(-2, keepdim=True)) * valid
+    mean = (x * valid).sum(-2, keepdim=True) / valid.sum(-2, keepdim=True)
+    return ((x - mean) * valid).to(own)
 
 
 def eager_cka(
@@ -333,9 +380,9 @@ def eager_cka(
     for x, y in zip(layers_s, layers_t, strict=True):
         x, y = _centred(x, mask), _centred(y, mask)
         if x.shape[-2] > x.shape[-1]:  # the products of features are the smaller ones
-            parts = [(a.mT @ b).square() for a, b in ((x, y), (x, x), (y, y))]
+            parts = [(a.mT @ b).float().square() for a, b in ((x, y), (x, x), (y, y))]
         else:
-            k, c = x @ x.mT, y @ y.mT
+            k, c = (x @ x.mT).float(), (y @ y.mT).float()
             parts = [a * b for a, b in ((k, c), (k, k), (c, c))]
         cross, own_s, own_t = (part.sum((-2, -1)) for part in parts)
         found.append(cross / (own_s * own_t).sqrt())
@@ -345,7 +392,7 @@ def eager_cka(
 def eager_memory_cka(layer: Tensor, gram: Tensor) -> Tensor:
     """CKA with a layer whose centred Gram matrix is kept, as it never changes."""
     x = _centred(layer, None)
-    k = x @ x.mT
+    k = (x @ x.mT).float()
     return (k * gram).sum() / (k.square().sum() * gram.square().sum()).sqrt()
 
 
@@ -392,6 +439,7 @@ def eager_distance(
 @contextlib.contextmanager
 def losses_of(variant: str) -> Iterator[None]:
     """The loss modules call plain or compiled PyTorch instead of kdfast's operators."""
+    variant = variant.removesuffix(CACHED)
     if variant not in ("eager", "compile"):
         yield
         return
@@ -458,45 +506,55 @@ def measure(
     batch = make_batch(pair, row)
     variants: dict[str, dict[str, Any]] = {}
     steppers: dict[str, Stepper] = {}
-    wrong: list[str] = []
+    outcomes: dict[str, Outcome] = {}
+    amiss: list[str] = []
     for name in VARIANTS:
         if name in row.without or (name.endswith(GRAPHS) and device.type != "cuda"):
             continue
         say(name)
         record: dict[str, Any] = {
-            "seconds": [], "loss": None, "parts": None, "memory": None, "skipped": None,
+            "seconds": [], "loss": None, "error": None, "parts": None, "memory": None,
+            "skipped": None,
         }  # fmt: skip
         variants[name] = record
         # A GPU says so itself, where a CPU may be driven out of memory.
-        if name in ("eager", "compile") and device.type == "cpu":
+        if name.startswith(("eager", "compile")) and device.type == "cpu":
             record["skipped"] = harness.too_large(lean + dense, device)
             if record["skipped"]:
                 continue
+        stepper = None
         try:
             stepper = Stepper(pair, row, name, batch, device)
             with losses_of(name):
-                record["loss"] = stepper.loss()
+                outcome = stepper.outcome()
+                record["loss"] = outcome.loss
+                if not name.startswith(BASELINES):
+                    outcomes[name] = outcome
                 for _ in range(2):  # the first also allocates what the optimizer keeps
                     stepper.step()
-                record["parts"] = profile(stepper.trainer, [dict(stepper.batch)] * 3)
-                stepper.step()  # what a profile lets go, such as graphs, is made again
             steppers[name] = stepper
         except Exception as error:
             memory = harness.out_of_memory(error)
             record["skipped"] = "out of memory" if memory else harness.one_line(error)
             if name.startswith("kdfast"):
-                wrong.append(f"{name}: {record['skipped']}")
+                amiss.append(f"{name}: {record['skipped']}")
+            if stepper is not None:
+                stepper.close()
             del error
+        stepper = None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    losses = {name: v["loss"] for name, v in variants.items() if v["loss"] is not None}
-    for name in ("compile", "kdfast", f"kdfast{CACHED}", f"kdfast{GRAPHS}"):
-        if {name, "eager"} <= losses.keys():
-            own, eager = losses[name], losses["eager"]
-            # 1 − cos of states that are nearly equal is rounding.
-            if not abs(own - eager) <= LOSS_TOLERANCE[row.dtype] * abs(eager) + 1e-6:  # nor NaN
-                wrong.append(f"{name}: its loss is {own:.6g}, that of eager {eager:.6g}")
+    if "kdfast" in outcomes and "eager" not in outcomes and "eager" not in row.without:
+        say("one sample")
+        outcomes = _of_one_sample(pair, row, batch, device)
+    right = outcomes.pop("eager", None)
+    for name, outcome in outcomes.items():
+        if right is not None:
+            found = outcome.error(right)
+            variants[name]["error"] = found
+            amiss += [f"{name}: {text}" for text in wrong(found, row.dtype)]
+    del outcomes, right
     if row.memory:
         for name in steppers:
             say(f"{name}: memory")
@@ -509,6 +567,12 @@ def measure(
             for name in order:
                 with losses_of(name):
                     variants[name]["seconds"].append(timed(steppers[name].step, device))
+                    if number < PROFILED:
+                        apart = profile(steppers[name].trainer, [dict(steppers[name].batch)])
+                        parts = variants[name]["parts"] or {part: [] for part in apart}
+                        variants[name]["parts"] = {k: [*parts[k], *v] for k, v in apart.items()}
+                        if name.endswith(GRAPHS):  # which a profile lets go
+                            steppers[name].step()
             spent = sum(sum(v["seconds"]) for v in variants.values())
             if number + 1 >= rounds[0] and spent * (number + 2) / (number + 1) > seconds:
                 break
@@ -523,8 +587,30 @@ def measure(
         "skipped": None,
         "variants": variants,
         "others": others and others.share(),
-        "wrong": wrong,
+        "wrong": amiss,
     }
+
+
+def _of_one_sample(
+    pair: Pair, row: Row, batch: dict[str, Tensor], device: torch.device
+) -> dict[str, Outcome]:
+    """Of eager and kdfast, for the first sample of a batch that is too large for eager; empty where
+    that does not fit either."""
+    one = replace(row, batch=1)
+    if harness.too_large(sum(needed(one)), device):
+        return {}
+    found = {}
+    for name in ("eager", "kdfast"):
+        try:
+            stepper = Stepper(pair, one, name, {k: x[:1] for k, x in batch.items()}, device)
+            with losses_of(name):
+                found[name] = stepper.outcome()
+            stepper.close()
+        except Exception as error:
+            if not harness.out_of_memory(error):
+                raise
+            return {}
+    return found
 
 
 def described(row: Row) -> dict[str, Any]:
@@ -589,6 +675,7 @@ def needed(row: Row) -> tuple[int, int]:
     layers, width, heads, teacher, student, pairs = {
         "bert": (6, 768, 12, 110e6, 67e6, 6),
         "minilm": (3, 384, 12, 23e6, 17e6, 3),
+        "quickstart": (2, 384, 12, 23e6, 16e6, 2),
         "tiny": (2, 32, 2, 1e5, 1e5, 2),
     }[row.pair]
     tokens = row.batch * (row.tokens or 64)
@@ -665,8 +752,7 @@ def markdown(results: dict[str, Any]) -> str:
                     f"{row['name']}{how}, attention dropout 0",
                     *(_milliseconds(row, name) for name in (base, own)),
                     _cost(row, own, base),
-                    # Eager and compiled losses could be fed likewise: no ratio to them there.
-                    *("" if how else _cost(row, own, name) for name in ("eager", "compile")),
+                    *(_cost(row, own, f"{name}{how}") for name in ("eager", "compile")),
                     "" if how else _cost(row, base, "fine-tuning"),
                     f"{100 * share(row, own, 'losses'):.1f} %",
                     f"{row['tokens'] / statistics.median(row['variants'][own]['seconds']):,.0f}",
@@ -684,9 +770,9 @@ def markdown(results: dict[str, Any]) -> str:
         "step, models and optimizer included.",
         "",
         *[f"**Wrong**: {row['name']}: {text}" for row in results["rows"] for text in row["wrong"]],
-        "Parts of a step, ms:",
+        "Each variant, and the share of each part in its step, %:",
         "",
-        _parts(results),
+        _variants(results),
     ]
     return "\n".join(lines)
 
@@ -724,17 +810,25 @@ def _memory(row: dict[str, Any], variant: str, baseline: str) -> str:
     return f"{own / other:.2f}" if own and other else ""
 
 
-def _parts(results: dict[str, Any]) -> str:
+def _variants(results: dict[str, Any]) -> str:
     from kdfast.benchmarks.report import _table
     from kdfast.distill.profile import PARTS
 
     body = []
     for row in results["rows"]:
         for name, variant in row["variants"].items():
-            if variant["parts"]:
-                times = [statistics.median(variant["parts"][part]) for part in PARTS]
-                body.append([row["name"], name, *(f"{1e3 * t:.1f}" for t in times)])
-    return _table(["row", "variant", *PARTS], body)
+            if variant["parts"] and variant["seconds"]:
+                body.append(
+                    [
+                        row["name"],
+                        name,
+                        _milliseconds(row, name),
+                        f"{row['tokens'] / statistics.median(variant['seconds']):,.0f}",
+                        _megabytes(row, name),
+                        *(f"{100 * share(row, name, part):.1f}" for part in PARTS),
+                    ]
+                )
+    return _table(["row", "variant", "ms", "tokens / s", "memory, MB", *PARTS], body)
 
 
 def plot(folder: Path, results: dict[str, Any]) -> list[Path]:

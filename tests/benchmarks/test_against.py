@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdfast import cli
-from kdfast.benchmarks import against, harness, report
+from kdfast.benchmarks import against, harness, report, step
 from kdfast.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +171,8 @@ def test_whole_steps_are_compared(
     assert soft["name"] == "tiny soft labels B4 N16 float32" and soft["operator"] == "step"
     assert soft["variants"]["new"] == "soft labels" and soft["error"]["new"] is None
     assert internal["variants"] == {"new": "kdfast", "old": "kdfast"}
-    assert internal["error"]["new"]["loss"] == internal["error"]["old"]["loss"] < 1e-4
+    assert internal["error"]["new"] == internal["error"]["old"]
+    assert internal["error"]["new"]["loss"] < 1e-4 > internal["error"]["new"]["gradient"] / 10
     for row in (soft, internal):
         assert row["verdict"] == "faster" and len(row["seconds"]["old"]) >= 12
         assert not row["wrong"]["new"]
@@ -179,19 +180,27 @@ def test_whole_steps_are_compared(
     assert bench("--from", file)[:2] == (0, out)
 
 
-def test_a_wrong_loss_of_a_step_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_step_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = against._Served()
     served.device, served.timed, served.close = CPU, None, None
     row = against.steps_of("quick", "internal")[1]
-    request = {"row": asdict(row.row), "variant": row.variant}
-    right = served.judge_step(**request | {"variant": "eager"})["loss"]
-    assert served.prepare_step(**request, right=right)["error"]["loss"] < 1e-4
+    exact = tmp_path / "exact.pt"
+    request: Any = {"row": asdict(row.row), "exact": str(exact)}
+    assert served.judge_step(**request) == {}
+    error = served.prepare_step(**request, variant="kdfast")["error"]
+    assert step.wrong(error, "float32") == []
     served.release()
-    assert served.prepare_step(**request, right=right + 1)["error"]["loss"] > 0.1
+    loss, gradient = torch.load(exact)
+    torch.save([loss + 1, -gradient], exact)
+    error = served.prepare_step(**request, variant="kdfast")["error"]
+    assert error["gradient"] == pytest.approx(2, rel=1e-3)
+    assert [text.split()[1] for text in step.wrong(error, "float32")] == ["loss", "gradient"]
     served.release()
     monkeypatch.setattr(served, "_stepper", lambda *_: 1 / 0)
-    found = served.prepare_step(**request, right=right)
-    assert found == {"skipped": "ZeroDivisionError: division by zero"}
+    found = served.prepare_step(**request, variant="kdfast")
+    assert (
+        found == {"skipped": "ZeroDivisionError: division by zero"} == served.judge_step(**request)
+    )
 
 
 def test_revision_that_cannot_run_the_benchmarks_is_named(

@@ -40,6 +40,9 @@ def test_eager_and_kdfast_have_one_loss_and_soft_labels_another(results):
         assert losses["kdfast"] == pytest.approx(losses["eager"], rel=1e-4, abs=1e-6)
         assert losses["kdfast cached"] == pytest.approx(losses["kdfast"], rel=1e-4, abs=1e-6)
         assert losses["kdfast"] > 2 * losses["soft labels"]
+        for name in ("kdfast", "kdfast cached", "eager cached"):
+            assert step.wrong(row["variants"][name]["error"], "float32") == []
+        assert row["variants"]["eager"]["error"] is row["variants"]["soft labels"]["error"] is None
         assert not any(variant["skipped"] for variant in row["variants"].values())
 
 
@@ -84,6 +87,8 @@ def test_what_memory_would_not_hold_is_skipped_with_its_estimate(monkeypatch):
     found = step.measure(row, **measured)
     assert "needs about" in found["variants"]["eager"]["skipped"]
     assert found["skipped"] is None and found["variants"]["kdfast"]["seconds"]
+    # Of one sample there is room for them.
+    assert found["variants"]["kdfast"]["error"]["gradient"] < 1e-3 and not found["wrong"]
     assert "needs about" in step.markdown({"rows": [found]})
     monkeypatch.setattr(harness, "free_memory", lambda device: lean - 1)
     found = step.measure(row, **measured)
