@@ -396,6 +396,23 @@ def eager_memory_cka(layer: Tensor, gram: Tensor) -> Tensor:
     return (k * gram).sum() / (k.square().sum() * gram.square().sum()).sqrt()
 
 
+class EagerMemory:
+    """Distances and cosines of samples [B, N], extended by zeros, to a memory [C, F]."""
+
+    def __init__(self, x: Tensor, memory: Tensor) -> None:
+        self.x, self.memory = F.pad(x, (0, memory.shape[1] - x.shape[1])), memory
+
+    @classmethod
+    def of(cls, x: Tensor, memory: Tensor) -> EagerMemory:
+        return cls(x, memory)
+
+    def distances(self, eps: float) -> Tensor:
+        return torch.cdist(self.x, self.memory)
+
+    def cosines(self) -> Tensor:
+        return F.normalize(self.x) @ F.normalize(self.memory).T
+
+
 def eager_layer_projection_loss(
     layers_s: Sequence[Tensor],
     layers_t: Sequence[Tensor],
@@ -464,6 +481,7 @@ def losses_of(variant: str) -> Iterator[None]:
         (projection, "layer_projection_loss", made(eager_layer_projection_loss)),
         (hidden, "layer_projection_loss", made(eager_distance)),
         (memory, "CKATeacher", Teacher),
+        (memory, "SamplesAndMemory", EagerMemory),
     )
     own = [getattr(module, name) for module, name, _ in places]
     for module, name, function in places:

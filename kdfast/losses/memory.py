@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdfast.losses.distances import root, squared_distances
+from kdfast.losses.distances import SamplesAndMemory
 from kdfast.losses.layers import PADDINGS, choose, statistics
 from kdfast.losses.structure import alignment_loss
 from kdfast.ops import arguments
@@ -305,20 +305,24 @@ class ClusteredMemoryLoss(nn.Module):
                 f"student states {list(hidden_s.shape)} and teacher states {list(hidden_t.shape)} "
                 "must agree in batch and tokens"
             )
-        weights, found = self._weights(), {}
+        weights = self._weights()
+        found: dict[str, torch.Tensor] = {}
         # Distances under autocast would be of half-precision products.
         with torch.autocast(hidden_s.device.type, enabled=False):
             if weights.keys() & {"euclidean", "cosine"}:
                 sides = [
-                    (self._features(hidden, width, attention_mask), memory)
+                    SamplesAndMemory.of(self._features(hidden, width, attention_mask), memory)
                     for hidden, width, memory in (
                         (hidden_s, self.student_width, self.student_memory),
                         (hidden_t.detach(), self.teacher_width, self.teacher_memory),
                     )
                 ]
-                for name, psi in (("euclidean", self._euclidean), ("cosine", _cosine)):
+                for name in ("euclidean", "cosine"):
                     if name in weights:
-                        student, teacher = (psi(*side) for side in sides)
+                        student, teacher = (
+                            side.distances(self.eps) if name == "euclidean" else side.cosines()
+                            for side in sides
+                        )
                         found[name] = (student - teacher.to(student.dtype)).square().mean()
             if "memory" in weights:
                 found["memory"] = self._aligned()
@@ -355,12 +359,6 @@ class ClusteredMemoryLoss(nn.Module):
             raise ValueError(f"states {list(hidden.shape)} should have width {width}")
         return flat_states(hidden, attention_mask, padding=self.padding)
 
-    def _euclidean(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """‖h_i − m_j‖ [B, C]; beyond a short batch's tokens h is 0 and ‖m_j‖² is left."""
-        met, beyond = _split(features, memory)
-        squared = squared_distances(features, met) + beyond.square().sum(1)
-        return root(squared + self.eps)
-
     def _aligned(self) -> torch.Tensor:
         # The teacher's Gram matrix is made once; a moved or converted buffer is another tensor.
         memory = self.teacher_memory
@@ -372,19 +370,6 @@ class ClusteredMemoryLoss(nn.Module):
 def _notice_loaded_memory(module: ClusteredMemoryLoss, _: Any) -> None:
     module._known = not bool(module.teacher_memory.isnan().any())
     module._alignment = None
-
-
-def _cosine(features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """cos(h_i, m_j) [B, C], 0 where a side is 0."""
-    met, _ = _split(features, memory)
-    norms = features.norm(dim=1, keepdim=True) * memory.norm(dim=1)
-    return features @ met.T / norms.clamp(min=1e-8)
-
-
-def _split(features: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The memory's features that a batch of N ≤ W tokens has, and those beyond its end."""
-    memory = memory.to(features.dtype)
-    return memory[:, : features.shape[1]], memory[:, features.shape[1] :]
 
 
 def _check_length(hidden: torch.Tensor, max_length: int) -> None:

@@ -15,6 +15,7 @@ PLACES = (
     (attention, "attention_kl"),
     (structure, "cka"),
     (memory, "CKATeacher"),
+    (memory, "SamplesAndMemory"),
     (projection, "layer_projection_loss"),
     (hidden, "layer_projection_loss"),
 )

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdfast.losses import ClusteredMemoryLoss, fit_centroids, flat_states, memory_bytes
+from kdfast.losses import (
+    ClusteredMemoryLoss,
+    distances,
+    fit_centroids,
+    flat_states,
+    memory_bytes,
+)
 
 B, N, W, DS, DT, C = 4, 3, 5, 2, 6, 3
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
@@ -311,3 +317,33 @@ def test_gradients_match_finite_differences(options):
 def test_bad_arguments_are_named(call, name):
     with pytest.raises(ValueError, match=name):
         call()
+
+
+@pytest.mark.parametrize("features", [200, 320])
+def test_distances_made_by_blocks_of_features_are_those_of_whole_rows(features, monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK_BYTES", 1)  # blocks of 64 features
+    x = torch.randn(5, features, dtype=torch.float64) + 30
+    memory = torch.randn(3, 320, dtype=torch.float64) + 30
+    whole = F.pad(x, (0, 320 - features))
+    made = distances.SamplesAndMemory.of(x, memory)
+    torch.testing.assert_close(made.distances(0), torch.cdist(whole, memory))
+    cosine = F.cosine_similarity(whole[:, None], memory, dim=-1)
+    torch.testing.assert_close(made.cosines(), cosine)
+
+    def both(x, memory):
+        found = distances.SamplesAndMemory.of(x, memory)
+        return found.distances(1e-8), found.cosines()
+
+    x, memory = x.requires_grad_(), memory.requires_grad_()
+    assert torch.autograd.gradcheck(both, (x, memory), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda m: both(x.detach(), m), (memory,), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda y: both(y, memory.detach()), (x,), fast_mode=True)
+
+
+def test_a_sample_or_memory_of_zeros_has_a_cosine_of_zero():
+    x, memory = torch.randn(4, 6) + 1e3, torch.randn(3, 8)
+    x[1], memory[2] = 0, 0
+    cosines = distances.SamplesAndMemory.of(x, memory.requires_grad_()).cosines()
+    assert cosines[1].eq(0).all() and cosines[:, 2].eq(0).all()
+    cosines.sum().backward()
+    assert memory.grad is not None and memory.grad.isfinite().all()
