@@ -12,7 +12,6 @@ run := $(VENV)/bin/
 runtime := $(VENV)/.installed
 test := $(VENV)/.installed-test
 lint := $(VENV)/.installed-lint
-triton := $(VENV)/.installed-triton
 else
 python := $(PYTHON)
 run := $(PYTHON) -m #
@@ -32,12 +31,14 @@ distill: $(runtime)  ## distil a small student from a real teacher, and show wha
 test: $(test)  ## the tests, without the exhaustive matrix and the GPU tests
 	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-# PyTorch's CUDA builds bring Triton along, its CPU builds do not: there `make test` leaves these out.
-test-triton: $(triton)  ## the Triton kernels: in its interpreter, and compiled ahead of time
-	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile tests/kernels $(ARGS)
-	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile tests/ops -k triton $(ARGS)
+# `make test` has a seventh of their cases, and one architecture.
+test-triton: $(test)  ## all of the Triton kernels: in its interpreter, and compiled ahead of time
+	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile -m "not exhaustive" \
+		tests/kernels tests/benchmarks/test_tune.py $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile -m "not exhaustive" \
+		tests/ops -k triton $(ARGS)
 
-test-all: $(triton)  ## every test; those that need a GPU run where there is one
+test-all: $(test)  ## every test; those that need a GPU run where there is one
 	$(run)pytest -m "" $(ARGS)
 
 report: $(runtime)  ## the results in benchmarks/README.md, from the committed JSON
@@ -171,12 +172,8 @@ $(runtime): pyproject.toml setup.py constraints.txt requirements-demo.txt $(sour
 	touch $@
 
 $(test): $(runtime)
-	$(project) ".[test]"
+	$(project) ".[test,gpu]"
 	$(pip) repsim || echo "repsim needs a C++ compiler; the test that uses it is skipped"
-	touch $@
-
-$(triton): $(test)
-	$(pip) "triton>=3.6"
 	touch $@
 
 $(lint): $(runtime)

@@ -49,17 +49,20 @@ def tuned(tables: dict[str, Any], cost: Callable[[tune.Launch], float]) -> dict[
     return tune.tune_entry(launches, *ENTRY, torch.device("cpu"), clock, lambda _: None)
 
 
+@pytest.mark.triton
 def test_walks_downhill_and_leaves_the_table_alone(tables: dict[str, Any]) -> None:
     found = tuned(tables, lambda launch: launch[0] * launch[1])
     assert found["best"] == (16, 32, 4, 1) and found["speedup"] == 4
     assert tables["forward"] == {(4, 64): (32, 64, 4, 1)}
 
 
+@pytest.mark.triton
 def test_what_is_not_worth_a_change_stays(tables: dict[str, Any]) -> None:
     found = tuned(tables, lambda launch: 1 + launch[0] / 1e4)
     assert found["best"] == found["shipped"] == (32, 64, 4, 1) and len(found["tried"]) == 4
 
 
+@pytest.mark.triton
 def test_candidate_that_fails_or_is_wrong_is_passed_over(
     tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
