@@ -77,13 +77,14 @@ def text(results: Path) -> str:
 
 def _one_machine(files: Iterable[Path]) -> None:
     """InputError where what stands under one heading is of several machines."""
-    first, *others = [(file, report.read_json(file)["machine"]) for file in files]
-    for file, machine in others:
-        for key in machine.keys() & first[1].keys():  # older results say less of theirs
-            if machine[key] != first[1][key]:
+    said: dict[str, tuple[Any, str]] = {}  # older results say less of their machine
+    for file in files:
+        for key, value in report.read_json(file)["machine"].items():
+            known, name = said.setdefault(key, (value, file.name))
+            if value != known:
                 raise InputError(
-                    f"{file}: its {key} is {machine[key]!r}, that of {first[0].name} beside it "
-                    f"{first[1][key]!r}: results of another machine go into a folder of their own"
+                    f"{file}: its {key} is {value!r}, that of {name} beside it {known!r}: results "
+                    "of another machine go into a folder of their own"
                 )
 
 

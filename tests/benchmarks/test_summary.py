@@ -45,6 +45,20 @@ def test_results_of_two_machines_do_not_stand_under_one_heading(tmp_path):
         summary.text(root / "results")
 
 
+def test_what_the_first_file_does_not_say_is_compared_among_the_others(tmp_path):
+    root = tmp_path / "benchmarks"
+    shutil.copytree(BENCHMARKS / "results", root / "results")
+    for name, cores in (("results.json", None), ("step.json", 2), ("scale.json", 64)):
+        file = next((root / "results").glob(f"*/{name}"))
+        results = json.loads(file.read_text())
+        results["machine"].pop("cores", None)
+        if cores is not None:
+            results["machine"]["cores"] = cores
+        file.write_text(json.dumps(results))
+    with pytest.raises(InputError, match="scale.json: its cores is 64, that of step.json .* 2"):
+        summary.text(root / "results")
+
+
 def test_a_readme_without_its_marks_is_left_alone(tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
     assert summary.main([str(tmp_path)]) == 2 and "should hold" in capsys.readouterr().err
