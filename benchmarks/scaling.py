@@ -327,34 +327,72 @@ def run(
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs that each train on their own batch and average gradients by a ring.
+    """GPUs that each train on their own batch, under DistributedDataParallel. All is assumed.
 
-    bandwidth: bytes per second that a GPU sends while it receives as many (NVLink 4: 450e9).
-    latency: seconds of a collective. overlap: the share of the gradients' exchange that hides
-    behind the backward pass (all buckets but the last, in practice).
+    bandwidth: bytes per second that a GPU sends while it receives as many (NVLink 4: 450e9), of
+    which collectives reach `reached`. latency: seconds of a collective. overlap: the share of the
+    gradients' exchange that hides behind the backward pass. products: operations per second that
+    large matrix products reach (bfloat16 of an H100 or H200: 40 % of 989e12).
     """
 
     gpus: int = 8
     bandwidth: float = 450e9
+    reached: float = 0.7
     latency: float = 2e-5
-    overlap: float = 0.8
+    overlap: float = 0.0
+    products: float = 4e14
 
 
-def step_on(
-    cluster: Cluster, seconds: float, parameters: int, gathered: int = 0, *, size: int = 4
-) -> float:
-    """Seconds of a step on all GPUs, each with the batch that takes one of them `seconds`.
+@dataclass(frozen=True)
+class Job:
+    """What each GPU trains: the student's parameters, its own batch, the layer pairs of a local
+    structure (rows="samples" of CKALoss), 0 without one. size: bytes of a gradient and of a state;
+    bucket: bytes of gradients that go in one collective."""
 
-    parameters: those that are trained, `size` bytes each in the exchange. gathered: bytes that a
-    GPU hands to all others for losses that couple samples (features of its batch), there and, as
-    gradients, back; these wait, for the loss needs all of them.
+    parameters: int
+    batch: int
+    length: int
+    width: int
+    pairs: int = 0
+    size: int = 2
+    bucket: int = 25 << 20
+
+    @property
+    def states(self) -> int:
+        """Bytes of a layer's states of one GPU's batch."""
+        return self.batch * self.length * self.width * self.size
+
+    def operations(self, gpus: int) -> float:
+        """Of the local structure of the batch of so many GPUs: two symmetric Gram matrices, of
+        which half is computed, and their product with the student's states in backward."""
+        return 4.0 * self.pairs * (gpus * self.batch) ** 2 * self.length * self.width
+
+    def memory(self, gpus: int) -> int:
+        """Bytes of the gathered states of all pairs, both sides, and of the student's gradient."""
+        return 3 * self.pairs * gpus * self.states
+
+
+def longer(cluster: Cluster, job: Job) -> dict[str, float]:
+    """Seconds by which a step on all GPUs exceeds one GPU's step on its own batch.
+
+    gradients: DistributedDataParallel's, round a ring, what of it does not hide. states: of student
+    and teacher, gathered before the loss, each after its sizes; backward sends nothing, since each
+    GPU has the gradient of the whole batch. products: every GPU computes the coupled loss of the
+    whole batch. The last two hide behind nothing.
     """
-    ring = (cluster.gpus - 1) / cluster.gpus
-    exchange = 2 * ring * parameters * size / cluster.bandwidth + cluster.latency
-    gather = 0.0
-    if gathered:
-        gather = 2 * ((cluster.gpus - 1) * gathered / cluster.bandwidth + cluster.latency)
-    return seconds + (1 - cluster.overlap) * exchange + gather
+    if cluster.gpus == 1:
+        return {"gradients": 0.0, "states": 0.0, "products": 0.0}
+    speed, others = cluster.bandwidth * cluster.reached, cluster.gpus - 1
+    gradients = job.parameters * job.size
+    exchange = 2 * others / cluster.gpus * gradients / speed
+    exchange += math.ceil(gradients / job.bucket) * cluster.latency
+    gather = 2 * (others * job.states / speed + 2 * cluster.latency)
+    more = job.operations(cluster.gpus) - job.operations(1)
+    return {
+        "gradients": (1 - cluster.overlap) * exchange,
+        "states": job.pairs * gather,
+        "products": more / cluster.products,
+    }
 
 
 # Tables and plots

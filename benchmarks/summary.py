@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ PARTS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "step.json": ("Whole steps", "kdfast bench step", step.markdown),
     "scale.json": ("Growth", "kdfast bench scale", scaling.markdown),
 }
-# BERT-base to 6 layers: parameters of the student; features that a GPU hands out for a loss that
-# couples the samples of the batch, at 256 samples of 128 tokens in half precision.
-STUDENT = 66_956_546
-FEATURES = 256 * 128 * 768 * 2
+# BERT-base to 6 layers, 256 samples of 128 tokens a GPU. Its operations: 12·D² weights of a layer
+# and attention, of the teacher forward, of the student forward and twice that backward.
+JOB = scaling.Job(parameters=66_956_546, batch=256, length=128, width=768)
+OPERATIONS = 256 * 128 * (2 * 12 * 768**2 + 4 * 128 * 768) * (12 + 3 * 6)
 
 
 def text(results: Path) -> str:
@@ -124,30 +125,49 @@ def draw(results: Path) -> None:
 
 def _eight_gpus() -> list[str]:
     """On paper: what several GPUs add to the step of one."""
+    cluster, coupled = scaling.Cluster(), replace(JOB, pairs=1)
+    one = OPERATIONS / cluster.products
     body = []
-    for gpus, bandwidth, name in (
-        (8, 450e9, "NVLink, 450 GB/s each way"),
-        (8, 50e9, "a network, 50 GB/s"),
-    ):
-        cluster = scaling.Cluster(gpus=gpus, bandwidth=bandwidth)
-        apart = scaling.step_on(cluster, 0.0, STUDENT)
-        coupled = scaling.step_on(cluster, 0.0, STUDENT, FEATURES)
-        body.append([f"{gpus}, {name}", "", f"{1e3 * apart:.2f}", f"{1e3 * coupled:.2f}"])
-    table = report._table(
-        ["GPUs", "", "losses of each sample, ms", "losses that couple samples, ms"], body
-    )
+    for bandwidth, link in ((450e9, "NVLink, 450 GB/s"), (50e9, "a network, 50 GB/s")):
+        for job, losses in ((JOB, "of each sample"), (coupled, "and local structure")):
+            for overlap, hidden in ((0.0, "nothing"), (1.0, "all")):
+                on = replace(cluster, bandwidth=bandwidth, overlap=overlap)
+                parts = scaling.longer(on, job)
+                more = sum(parts.values())
+                times = [*parts.values(), more, one + more]
+                share = f"{100 * one / (one + more):.0f} %"
+                body.append([link, losses, hidden, *(f"{1e3 * t:.1f}" for t in times), share])
+    gpus, states = cluster.gpus, coupled.states / 1e6
+    header = [
+        "link, each way", "losses", "gradients hidden", "gradients, ms", "states, ms",
+        "products, ms", "longer by, ms", "step, ms", f"throughput of {gpus} times one GPU's",
+    ]  # fmt: skip
     return [
         "### Eight GPUs, on paper",
         "",
-        "What a step of each GPU's own batch takes longer on eight of them: BERT-base to 6 layers "
-        f"({STUDENT / 1e6:.0f} M trained parameters, gradients of 4 bytes), 256 samples of 128 "
-        "tokens a GPU. Assumed: gradients go round a ring and each is sent twice; four fifths of "
-        "that hide behind the backward pass; a collective takes 20 µs besides; a loss that couples "
-        "the samples of the batch (local structure, CKA over samples) hands each GPU's penultimate "
-        "states, 50 MB in half precision, to all others and takes their gradients back, and waits "
-        "for both; the teacher is not exchanged. Nothing of this was measured.",
+        "**A model of which nothing was measured**: neither a step of one such GPU, nor any of "
+        f"{gpus}, nor a link.",
         "",
-        table,
+        f"Assumed: BERT-base to 6 layers, {JOB.batch} samples of {JOB.length} tokens a GPU, models "
+        f"in bfloat16, so {JOB.size} bytes of each of {JOB.parameters / 1e6:.0f} M gradients and "
+        "of each state (twice as many under autocast); matrix products at "
+        f"{cluster.products / 1e12:.0f} TFLOP/s, 40 % of the peak of an H100 or H200; so a step "
+        f"of one GPU of {1e3 * one:.0f} ms, {OPERATIONS / 1e12:.1f} T operations of both models at "
+        f"that rate; collectives that reach {100 * cluster.reached:.0f} % of the link and take "
+        f"{1e6 * cluster.latency:.0f} µs besides, gradients in buckets of "
+        f"{JOB.bucket >> 20} MiB; of their exchange nothing or all hidden behind the backward "
+        "pass, as the two ends. Left out: reading data, and waiting for the slowest.",
+        "",
+        "From the code: DistributedDataParallel sends the student's gradients round a ring. A loss "
+        "that couples the samples of a batch (here the local structure of one layer pair) gathers "
+        f"the states of student and teacher, {states:.0f} MB of each GPU and side, before it can "
+        "begin; backward sends nothing more, for every GPU computes the loss of the whole batch "
+        "and takes its own part of that gradient. So its products, 4·(GB)²·N·D on G GPUs, grow "
+        f"with the square of their number, from {coupled.operations(1) / 1e12:.2f} to "
+        f"{coupled.operations(gpus) / 1e12:.2f} T operations on each, and its states and their "
+        f"gradient with the number, to {coupled.memory(gpus) / 1e9:.1f} GB on each.",
+        "",
+        report._table(header, body),
         "",
     ]
 

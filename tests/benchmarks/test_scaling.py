@@ -53,12 +53,43 @@ def test_an_unknown_axis_is_refused():
         scaling.run(torch.device("cpu"), which="quick", only="depth")
 
 
-def test_eight_gpus_pay_for_what_they_exchange():
-    free = scaling.Cluster(bandwidth=float("inf"), latency=0.0)
-    assert scaling.step_on(free, 0.1, 10**8) == 0.1
-    eight = scaling.Cluster(gpus=8, bandwidth=1e9, latency=0.0, overlap=0.0)
-    # A ring sends 7/8 of the gradients twice.
-    assert scaling.step_on(eight, 0.0, 10**9) == pytest.approx(2 * 7 / 8 * 4)
-    assert scaling.step_on(eight, 0.0, 0, gathered=10**9) == pytest.approx(2 * 7)
-    hidden = scaling.Cluster(gpus=8, bandwidth=1e9, latency=0.0, overlap=1.0)
-    assert scaling.step_on(hidden, 0.3, 10**9) == pytest.approx(0.3)
+JOB = scaling.Job(parameters=10**9, batch=4, length=8, width=16, pairs=2, size=2, bucket=10**10)
+
+
+def on_paper(**cluster):
+    return scaling.longer(scaling.Cluster(**{"reached": 1.0, "latency": 0.0, **cluster}), JOB)
+
+
+def test_one_gpu_exchanges_nothing():
+    assert set(on_paper(gpus=1, latency=1.0).values()) == {0.0}
+
+
+def test_gradients_go_round_a_ring_and_may_hide():
+    # 7/8 of them are sent twice.
+    assert on_paper(bandwidth=1e9)["gradients"] == pytest.approx(2 * 7 / 8 * 2)
+    assert on_paper(bandwidth=1e9, reached=0.5)["gradients"] == pytest.approx(4 * 7 / 8 * 2)
+    assert on_paper(bandwidth=1e9, overlap=1.0)["gradients"] == 0
+    assert on_paper(bandwidth=1e30, latency=1.0)["gradients"] == pytest.approx(1)  # one bucket
+
+
+def test_states_of_both_sides_come_from_all_other_gpus_once():
+    # Nothing is sent in backward, and nothing hides it.
+    states = 4 * 8 * 16 * 2
+    assert on_paper(bandwidth=1e3, overlap=1.0)["states"] == pytest.approx(2 * 2 * 7 * states / 1e3)
+    # Each side's sizes go before it.
+    assert on_paper(bandwidth=1e30, latency=1.0)["states"] == pytest.approx(2 * 2 * 2)
+
+
+def test_every_gpu_computes_the_coupled_loss_of_the_whole_batch():
+    assert JOB.operations(1) == 2 * 4 * 4**2 * 8 * 16
+    assert JOB.operations(8) == 64 * JOB.operations(1)
+    assert on_paper(products=1.0)["products"] == 63 * JOB.operations(1)
+    assert JOB.memory(8) == 8 * JOB.memory(1)
+
+
+def test_the_operations_of_the_local_structure_are_those_of_its_benchmark():
+    # Samples are rows, their token states side by side the features.
+    row = harness.Row("cka", {"B": 1, "N": 4, "d": 8 * 16})
+    problem = harness.operator_module("cka").Problem(row, torch.device("cpu"))
+    alone = scaling.replace(JOB, pairs=1)
+    assert problem.side == "gram" and problem.work.flops == alone.operations(1)
