@@ -1,7 +1,8 @@
 """How the losses grow: time and memory against batch, length, layer pairs, teacher layers, classes.
 
 Along each axis one size changes and all others stay. What is timed is the loss of a recipe, forward
-and backward, on random internals of the shapes that a capture would leave: no model runs. An
+and backward, on random internals of the shapes that a capture would leave: no model runs. As in
+training, a full batch has no mask, and the teacher's tensors go as the losses are taken. An
 exponent is the slope of a straight line through all points, logarithm against logarithm, with its
 standard error; at the small end it is that of the overhead.
 
@@ -10,7 +11,8 @@ The results are as in `harness`, but for `suite` ("scale") and the rows:
     rows  [{name, axis, method, points: [{size, skipped: why nothing was run | null,
                                           variants: {name: {seconds: [one a round],
                                                             memory: peak bytes | null}}}],
-            exponents: {name: {seconds: [slope, standard error], memory: the same | null}}}]
+            exponents: {name: {seconds: [slope, standard error], memory: the same | null}},
+            others: as in `harness`, of the point where it was most}]
 """
 
 from __future__ import annotations
@@ -86,6 +88,9 @@ AXES: dict[str, tuple[str, dict[str, Sequence[int]], Sequence[str], dict[str, in
         {"batch": 64},
     ),
 }
+BEFORE = """\
+Measured by an older revision, which gave the losses a mask of ones and took all layers at once,
+where training gives a full batch none and, on a CPU, goes layer by layer."""
 ON_PAPER = """\
 On paper, with B samples of N tokens, P layer pairs, T teacher and S student layers, width D, C
 classes: `internal` takes 4·P·B·N²·D products for attention KL and 2·P·B·H·N² exponentials in H
@@ -101,12 +106,14 @@ def problem(method: str, size: Size, device: torch.device) -> Callable[[], None]
     from kdfast.captured import Captured, LayerAttention, ModelShape
     from kdfast.recipes import build_recipe
 
-    student = ModelShape(size.pairs, size.width, size.heads, size.classes)
-    teacher = ModelShape(size.teacher_layers, size.width, size.heads, size.classes)
+    shapes = [
+        ModelShape(layers, size.width, size.heads, size.classes)
+        for layers in (size.pairs, size.teacher_layers)
+    ]
     options: dict[str, Any] = {**METHODS[method], "soft_label_weight": 0.0}
     if method == "fsd":
         options |= {"max_length": size.length, "layer_map": "uniform"}
-    recipe = build_recipe(method, student, teacher, **options).to(device)
+    recipe = build_recipe(method, *shapes, **options).to(device)
     for part in recipe.fitted.values():
         part.stand_in()
     generator = torch.Generator(device).manual_seed(0)
@@ -130,14 +137,10 @@ def problem(method: str, size: Size, device: torch.device) -> Callable[[], None]
                 )
                 for i in needs.attention
             },
-            attention_mask=torch.ones(
-                size.batch, size.length, dtype=torch.long, device=device
-            ),
-        )  # fmt: skip
+        )
 
     own, theirs = (
-        captured(shape, needs)
-        for shape, needs in zip((student, teacher), recipe.needs(), strict=True)
+        captured(shape, needs) for shape, needs in zip(shapes, recipe.needs(), strict=True)
     )
     learned: list[Any] = [own.logits, *own.hidden_states.values()]
     learned += [x for layer in own.attention.values() for x in (layer.query, layer.key)]
@@ -146,7 +149,9 @@ def problem(method: str, size: Size, device: torch.device) -> Callable[[], None]
     labels = torch.randint(size.classes, (size.batch,), device=device)
 
     def run() -> None:
-        recipe.total(recipe(own, theirs, labels)).backward()
+        # Of their own: the teacher's is emptied.
+        student, teacher = (side.map(lambda x: x) for side in (own, theirs))
+        recipe.total(recipe(student, teacher, labels, release=True)).backward()
         recipe.zero_grad()
         for x in learned:
             x.grad = None
@@ -193,7 +198,8 @@ def measure(
     base = replace(Size(), **others)
     if which == "quick":
         base = replace(base, batch=4, length=8, width=32, heads=2)
-    points = []
+    points: list[dict[str, Any]] = []
+    shares: list[float] = []
     for value in values[which]:
         say(f"{value}")
         size = replace(base, **{field: value})
@@ -213,6 +219,7 @@ def measure(
                 torch.manual_seed(0)
                 runs[name] = problem(method, size, device)
                 runs[name]()
+        other_work = harness.OtherWork() if device.type == "cpu" else None
         for number, order in enumerate(harness.interleaved(list(runs), rounds[1])):
             for name in order:
                 with losses_of(name):
@@ -222,6 +229,8 @@ def measure(
             share = seconds / len(values[which])
             if number + 1 >= rounds[0] and spent * (number + 2) / (number + 1) > share:
                 break
+        if other_work and (busy := other_work.share()) is not None:
+            shares.append(busy)
         del runs
         gc.collect()
         if which != "quick":
@@ -242,6 +251,7 @@ def measure(
         "method": method,
         "points": points,
         "exponents": exponents,
+        "others": max(shares, default=None),
     }
 
 
@@ -424,6 +434,8 @@ def markdown(results: dict[str, Any]) -> str:
         for point in row["points"]
         if point["skipped"]
     ]
+    if any("others" not in row for row in results["rows"]):
+        skipped.append(BEFORE)
     return "\n\n".join([_table(header, body), *skipped, ON_PAPER])
 
 

@@ -8,6 +8,7 @@ suites, each with the plots that `kdfast bench --report` drew beside it; or it i
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,7 +23,7 @@ END = "<!-- end of results -->"
 # By file: the command that measured it, and its text.
 PARTS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "results.json": ("Operators", "kdfast bench", lambda found: operators(found)),
-    "step.json": ("Whole steps", "kdfast bench step", step.markdown),
+    "step.json": ("Whole steps", "kdfast bench step", lambda found: steps(found)),
     "scale.json": ("Growth", "kdfast bench scale", scaling.markdown),
 }
 # BERT-base to 6 layers, 256 samples of 128 tokens a GPU. Its operations: 12·D² weights of a layer
@@ -99,6 +100,38 @@ def operators(results: dict[str, Any]) -> str:
         ]
         parts += [f"`{name}`", "", report.times(rows), ""]
     return "\n".join(parts[:-1])
+
+
+def steps(results: dict[str, Any]) -> str:
+    """The suite's tables, and how whole steps grow with length where three lengths were run."""
+    text = step.markdown(results)
+    if not (growth := _growth(results["rows"])):
+        return text
+    return (
+        f"{text}\n\nGrowth of whole steps with length, all else alike: the slope of a line through "
+        f"the logarithms, with its standard error.\n\n{growth}"
+    )
+
+
+def _growth(rows: list[dict[str, Any]]) -> str:
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in rows:
+        # Padded to the longest of a batch, sentences are not of one length.
+        if row["skipped"] or row["tokens"] != row["shape"]["B"] * row["shape"]["N"]:
+            continue
+        name = f"{row['pair']} {row['method']} B{row['shape']['B']} {row['dtype']}"
+        for variant, record in row["variants"].items():
+            if record["seconds"]:
+                point = row["shape"]["N"], statistics.median(record["seconds"])
+                found.setdefault((name, variant), []).append(point)
+    body = []
+    for (name, variant), points in found.items():
+        if len({length for length, _ in points}) < 3:
+            continue
+        lengths, times = zip(*sorted(points), strict=True)
+        cells = [", ".join(map(str, lengths)), ", ".join(map(report.milliseconds, times))]
+        body.append([name, variant, *cells, scaling._exponent(scaling.exponent(points))])
+    return report._table(["steps", "variant", "lengths", "ms", "time grows by"], body)
 
 
 def _plots(folder: Path, name: str) -> list[Path]:

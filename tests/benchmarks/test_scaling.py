@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from kdfast.benchmarks import harness, scaling
+from kdfast.benchmarks.step import losses_of
 from kdfast.errors import InputError
+from kdfast.recipes.recipe import Recipe
 
 
 def test_an_exponent_is_the_slope_between_logarithms():
@@ -23,6 +25,7 @@ def test_all_axes_are_measured_and_drawn(tmp_path):
     ]
     for row in results["rows"]:
         assert [point["size"] for point in row["points"]] == [1, 2]
+        assert row["others"] is None or row["others"] >= 0
         assert row["axis"] in scaling.markdown(results)
     (file,) = scaling.plot(tmp_path, results)
     assert file.stat().st_size > 1000
@@ -46,6 +49,39 @@ def test_a_problem_of_every_axis_has_a_loss_and_gradients(axis):
         size = scaling.Size(batch=4, length=8, width=32, heads=2)
         size = scaling.replace(size, **{field: values["quick"][1]})
         scaling.problem(method, size, torch.device("cpu"))()
+
+
+@pytest.mark.parametrize("variant", scaling.VARIANTS)
+def test_losses_run_as_training_runs_them_and_each_run_finds_the_whole_teacher(
+    variant, monkeypatch
+):
+    seen = []
+    own = Recipe.forward
+
+    def forward(self, student, teacher, *rest, **options):
+        assert student.attention_mask is None and options == {"release": True}
+        before = len(teacher.tensors())
+        losses = own(self, student, teacher, *rest, **options)
+        seen.append((before, len(teacher.hidden_states) + len(teacher.attention)))
+        return losses
+
+    monkeypatch.setattr(Recipe, "forward", forward)
+    size = scaling.Size(batch=4, length=8, width=32, heads=2)
+    for method in scaling.METHODS:
+        seen.clear()
+        with losses_of(variant):
+            run = scaling.problem(method, size, torch.device("cpu"))
+            run()
+            run()
+        (first, left), second = seen
+        assert first > 0 and left == 0 and second == (first, left)
+
+
+def test_a_run_before_training_s_own_order_is_said_to_be_one():
+    results = scaling.run(torch.device("cpu"), which="quick", only="layer pairs internal")
+    assert scaling.BEFORE not in scaling.markdown(results)
+    del results["rows"][0]["others"]
+    assert scaling.BEFORE in scaling.markdown(results)
 
 
 def test_an_unknown_axis_is_refused():

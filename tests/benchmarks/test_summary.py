@@ -59,6 +59,36 @@ def test_what_the_first_file_does_not_say_is_compared_among_the_others(tmp_path)
         summary.text(root / "results")
 
 
+def rows_of_steps(*lengths, tokens=None):
+    return [
+        {
+            "name": "", "pair": "tiny", "method": "internal", "dtype": "float32", "skipped": None,
+            "shape": {"B": 2, "N": length}, "tokens": tokens or 2 * length,
+            "variants": {
+                "kdfast": {"seconds": [1e-3 * length, 2e-3 * length, 9.0]},
+                "eager": {"seconds": [1e-4 * length**2]},
+                "compile": {"seconds": [1.0] if length == 8 else []},
+            },
+        }
+        for length in lengths
+    ]  # fmt: skip
+
+
+def test_growth_of_whole_steps_is_fitted_from_three_lengths():
+    lines = summary._growth(rows_of_steps(32, 8, 16)).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    name = "tiny internal B2 float32"
+    assert cells == [
+        [name, "kdfast", "8, 16, 32", "16, 32, 64", "1.00 ± 0.00"],
+        [name, "eager", "8, 16, 32", "6.4, 25.6, 102", "2.00 ± 0.00"],
+    ]
+
+
+def test_two_lengths_or_padded_batches_show_no_growth():
+    assert summary._growth(rows_of_steps(8, 16)) == ""
+    assert summary._growth(rows_of_steps(8, 16, 32, tokens=5)) == ""
+
+
 def test_a_readme_without_its_marks_is_left_alone(tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
     assert summary.main([str(tmp_path)]) == 2 and "should hold" in capsys.readouterr().err
