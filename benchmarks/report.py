@@ -16,6 +16,8 @@ from kdfast.errors import InputError
 
 BASELINES = ("eager", "compile", "flash", "eager best", "compile best", "loop", "cka loop")
 PLOTS = ("ratios", "bound", "memory")
+# Of every run, whatever its revision.
+ALWAYS = ("time", "complete", "device", "machine", "versions")
 BUSY = 0.1  # share of the CPUs that other work may take before the report says so
 COLOURS = {
     "kdfast cuda": "C0",
@@ -40,14 +42,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: should be the JSON of `kdfast bench --json`; {error}") from error
     if not isinstance(results, dict) or results.get("schema") != 1 or "rows" not in results:
         raise InputError(f"{path}: should be the JSON of `kdfast bench --json`, schema 1")
+    if missing := [key for key in ALWAYS if key not in results]:
+        raise InputError(
+            f"{path}: has no {', '.join(missing)}, should have {', '.join(ALWAYS)}, as the JSON of "
+            "`kdfast bench --json`"
+        )
     return results
 
 
 def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
     """The results of several runs as one, whose setting is the first one's.
 
-    Raises: InputError for runs of different machines, devices or versions, whose times must not
-    stand side by side, and for a row that two of them have.
+    Raises: InputError for runs of different machines, devices, versions or revisions of the code,
+    whose times must not stand side by side, and for a row that two of them have.
     """
     first, *others = runs = [read_json(path) for path in paths]
     for path, run in zip(paths[1:], others, strict=True):
@@ -56,9 +63,12 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
                 f"--from: {paths[0]} and {path} cannot be shown together: one holds a comparison "
                 "of revisions, or they are of different suites"
             )
-        for key in ("machine", "device", "versions"):
-            if run[key] != first[key]:
-                what = [f"{p} is of {_words(r[key])}" for p, r in ((paths[0], first), (path, run))]
+        for key in ("machine", "device", "versions", "code"):
+            if run.get(key) != first.get(key):  # older files do not say their code
+                what = [
+                    f"{p} is of {_words(r.get(key, f'unknown {key}'))}"
+                    for p, r in ((paths[0], first), (path, run))
+                ]
                 raise InputError(f"{'; '.join(what)}: results of one {key} only are shown together")
     rows = [row for run in runs for row in run["rows"]]
     names = [f"{row.get('operator', '')} {row['name']}".strip() for row in rows]

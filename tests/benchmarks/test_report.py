@@ -110,6 +110,44 @@ def test_file_that_holds_no_results_is_refused(content: str, tmp_path: Path) -> 
         report.read_json(file)
 
 
+@pytest.mark.parametrize("key", ["machine", "versions"])
+def test_results_that_do_not_say_where_they_are_from_are_refused(
+    results: dict[str, Any], key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "part.json"
+    del results[key]
+    file.write_text(json.dumps(results))
+    assert cli.main(["bench", "--from", str(file)]) == 2
+    assert f"part.json: has no {key}, should have time, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("codes", "refused"),
+    [
+        (("0.1 (aaa)", "0.1 (bbb)"), "a.json is of 0.1 (aaa); {}b.json is of 0.1 (bbb): "),
+        (("0.1 (aaa)", None), "a.json is of 0.1 (aaa); {}b.json is of unknown code: "),
+        (("0.1 (aaa)", "0.1 (aaa)"), None),
+        ((None, None), None),
+    ],
+)
+def test_results_of_two_revisions_are_never_mixed(
+    results: dict[str, Any], codes: tuple[str | None, ...], refused: str | None, tmp_path: Path
+) -> None:
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, code, rows in zip(
+        files, codes, (results["rows"][:1], results["rows"][1:]), strict=True
+    ):
+        said = {} if code is None else {"code": code}
+        file.write_text(json.dumps(results | said | {"rows": rows}))
+    if refused is None:
+        assert report.read_runs(files)["rows"] == results["rows"]
+        return
+    with pytest.raises(InputError) as error:
+        report.read_runs(files)
+    assert refused.format(f"{tmp_path}/") in str(error.value)
+    assert "of one code only are shown together" in str(error.value)
+
+
 def test_missing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--from", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
