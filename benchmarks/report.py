@@ -106,11 +106,16 @@ def write_suite(folder: Path, module: Any, results: dict[str, Any]) -> None:
     """Write what a suite's FILES name: its plots, where matplotlib is, then its table."""
     folder.mkdir(parents=True, exist_ok=True)
     made = module.plot(folder, results) if importlib.util.find_spec("matplotlib") else []
+    partial = folder / f"{module.FILES[0]}.partial"
+    partial.write_text(suite_text(module, results, made), encoding="utf-8")
+    os.replace(partial, folder / module.FILES[0])
+
+
+def suite_text(module: Any, results: dict[str, Any], made: Sequence[Path]) -> str:
+    """What the first of a suite's FILES holds; made: its plots."""
     text = [f"# {module.TITLE}", "", *setting(results), "", module.markdown(results), ""]
     text += [f"![{file.stem}]({file.name})" for file in made]
-    partial = folder / f"{module.FILES[0]}.partial"
-    partial.write_text("\n".join(text) + "\n", encoding="utf-8")
-    os.replace(partial, folder / module.FILES[0])
+    return "\n".join(text) + "\n"
 
 
 def ours(row: dict[str, Any]) -> list[str]:
@@ -127,16 +132,12 @@ def _fastest(row: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any], images: dict[str, list[str]] | None = None) -> str:
-    lines = ["# Benchmarks", "", *setting(results), ""]
-    if wrong := wrong_rows(results):
-        lines += ["**Wrong outputs:**", "", *(f"- {text}" for text in wrong), ""]
+    lines = ["# Benchmarks", "", *setting(results), "", *wrong(results)]
     if not results["complete"]:
         lines += ["The run was not finished: rows are missing.", ""]
     for operator in dict.fromkeys(row["operator"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["operator"] == operator]
-        lines += [f"## {operator}", "", times(rows), ""]
-        skipped = [f"- {row['name']}: {row['skipped']}" for row in rows if row.get("skipped")]
-        lines += [*skipped, ""] if skipped else []
+        lines += [f"## {operator}", "", times(rows), "", *skipped(rows)]
         lines += ["Errors against float64:", "", _errors(rows), ""]
         if memory := _memory(rows):
             lines += [
@@ -154,6 +155,18 @@ def markdown(results: dict[str, Any], images: dict[str, list[str]] | None = None
         "",
     ]
     return "\n".join(lines)
+
+
+def wrong(results: dict[str, Any]) -> list[str]:
+    """Lines that name wrong outputs of operators, and an empty one; none where all are right."""
+    found = [f"- {text}" for text in wrong_rows(results)]
+    return ["**Wrong outputs:**", "", *found, ""] if found else []
+
+
+def skipped(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Likewise the rows that were not run, each with its reason."""
+    found = [f"- {row['name']}: {row['skipped']}" for row in rows if row.get("skipped")]
+    return [*found, ""] if found else []
 
 
 def setting(results: dict[str, Any]) -> list[str]:

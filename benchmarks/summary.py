@@ -20,12 +20,13 @@ from kdfast.errors import InputError
 
 BEGIN = "<!-- results: made by `make report`, not by hand -->"
 END = "<!-- end of results -->"
-# By file: the command that measured it, and its text.
-PARTS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
-    "results.json": ("Operators", "kdfast bench", lambda found: operators(found)),
-    "step.json": ("Whole steps", "kdfast bench step", lambda found: steps(found)),
-    "scale.json": ("Growth", "kdfast bench scale", scaling.markdown),
+# By file: its title and its text.
+PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "results.json": ("Operators", lambda found: operators(found)),
+    "step.json": ("Whole steps", lambda found: steps(found)),
+    "scale.json": ("Growth", scaling.markdown),
 }
+SUITES = {"step.json": step, "scale.json": scaling}
 # BERT-base to 6 layers, 256 samples of 128 tokens a GPU. Its operations: 12·D² weights of a layer
 # and attention, of the teacher forward, of the student forward and twice that backward.
 JOB = scaling.Job(parameters=66_956_546, batch=256, length=128, width=768)
@@ -37,9 +38,9 @@ def text(results: Path) -> str:
     lines = ["## Results", ""]
     lines += [
         "Everything here is made from the JSON under `results/` by `make report`; each table names "
-        "its command, machine and versions. Ratios are medians over rounds of one run; absolute "
-        "times of such machines vary from day to day. Of operators they say how many times faster "
-        "kdfast is, of steps what its step costs over another's.",
+        "its machine and versions, and its command where the JSON does. Ratios are medians over "
+        "rounds of one run; absolute times of such machines vary from day to day. Of operators "
+        "they say how many times faster kdfast is, of steps what its step costs over another's.",
         "",
     ]
     folders = sorted(path for path in results.iterdir() if path.is_dir())
@@ -50,10 +51,12 @@ def text(results: Path) -> str:
         lines += [f"### {folder.name}", ""]
         _one_machine(files.values())
         for name, file in files.items():
-            title, command, made = PARTS[name]
+            title, made = PARTS[name]
             found = report.read_json(file)
-            command = found.get("command") or f"{command} --device {found['device']}"
-            lines += [f"#### {title}: `{command}`", ""]
+            if "command" in found:
+                lines += [f"#### {title}: `{found['command']}`", ""]
+            else:
+                lines += [f"#### {title}", "", "Older results: they do not name their command.", ""]
             lines += [*report.setting(found), ""]
             if not found["complete"]:
                 lines += ["The run was not finished: rows are missing.", ""]
@@ -92,13 +95,10 @@ def _one_machine(files: Iterable[Path]) -> None:
 
 def operators(results: dict[str, Any]) -> str:
     """Each row and backend of kdfast, against every baseline."""
-    names = dict.fromkeys(row["operator"] for row in results["rows"])
-    parts = []
-    for name in names:
-        rows = [
-            row for row in results["rows"] if row["operator"] == name and not row.get("skipped")
-        ]
-        parts += [f"`{name}`", "", report.times(rows), ""]
+    parts = report.wrong(results)
+    for name in dict.fromkeys(row["operator"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["operator"] == name]
+        parts += [f"`{name}`", "", report.times(rows), "", *report.skipped(rows)]
     return "\n".join(parts[:-1])
 
 
@@ -137,8 +137,7 @@ def _growth(rows: list[dict[str, Any]]) -> str:
 def _plots(folder: Path, name: str) -> list[Path]:
     if name == "results.json":
         return sorted(folder.glob("*_ratios.png"))
-    return [folder / x for x in {"step.json": step, "scale.json": scaling}[name].FILES[1:]
-            if (folder / x).is_file()]  # fmt: skip
+    return [folder / x for x in SUITES[name].FILES[1:] if (folder / x).is_file()]
 
 
 def _devices(folder: Path) -> set[str]:
@@ -151,9 +150,27 @@ def draw(results: Path) -> None:
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         if (folder / "results.json").is_file():
             report.write_report(folder, report.read_json(folder / "results.json"))
-        for name, module in (("step.json", step), ("scale.json", scaling)):
+        for name, module in SUITES.items():
             if (folder / name).is_file():
                 report.write_suite(folder, module, report.read_json(folder / name))
+
+
+def beside(results: Path) -> dict[Path, str]:
+    """What `draw` writes as text beside each JSON, but for its plots."""
+    found = {}
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if (file := folder / "results.json").is_file():
+            found[folder / "report.md"] = report.markdown(report.read_json(file))
+        for name, module in SUITES.items():
+            if (file := folder / name).is_file():
+                text = report.suite_text(module, report.read_json(file), [])
+                found[folder / module.FILES[0]] = text
+    return found
+
+
+def _without_plots(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    return "".join(line for line in lines if not line.startswith("!["))
 
 
 def _eight_gpus() -> list[str]:
@@ -206,8 +223,8 @@ def _eight_gpus() -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the results into README.md of the benchmarks' folder, and draw their plots; with
-    --check only compare the text."""
+    """Write the results into README.md of the benchmarks' folder, and the tables and plots beside
+    the JSON; with --check only compare the texts, and name those that differ."""
     root = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     root = root or Path(__file__).resolve().parent
     readme = root / "README.md"
@@ -224,7 +241,12 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     if "--check" in arguments:
-        return int(found != readme.read_text(encoding="utf-8"))
+        stale = [file for file, made in beside(root / "results").items()
+                 if made != _without_plots(file)]  # fmt: skip
+        stale += [readme] * (found != readme.read_text(encoding="utf-8"))
+        for file in stale:
+            print(f"{file} is not what the JSON says: `make report`", file=sys.stderr)
+        return int(bool(stale))
     partial = readme.with_name("README.md.partial")
     partial.write_text(found, encoding="utf-8")
     os.replace(partial, readme)

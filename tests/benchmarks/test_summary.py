@@ -16,10 +16,8 @@ def test_the_readme_holds_what_the_committed_json_says():
     assert summary.main([str(BENCHMARKS), "--check"]) == 0, "run `make report`"
 
 
-def test_another_result_changes_the_text_and_nothing_beside_it(tmp_path):
-    root = tmp_path / "benchmarks"
-    shutil.copytree(BENCHMARKS / "results", root / "results")
-    shutil.copy(BENCHMARKS / "README.md", root)
+def test_another_result_changes_the_text_and_nothing_beside_it(copied):
+    root = copied
     file = next((root / "results").glob("*/results.json"))
     results = json.loads(file.read_text())
     results["rows"] = results["rows"][:1]
@@ -32,6 +30,47 @@ def test_another_result_changes_the_text_and_nothing_beside_it(tmp_path):
     assert after.partition(summary.BEGIN)[0] == before.partition(summary.BEGIN)[0]
     assert len(after) < len(before) and results["rows"][0]["name"] in after
     assert summary.main([str(root), "--check"]) == 0
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The committed results and their README, to be changed."""
+    shutil.copytree(BENCHMARKS / "results", tmp_path / "benchmarks" / "results")
+    shutil.copy(BENCHMARKS / "README.md", tmp_path / "benchmarks")
+    return tmp_path / "benchmarks"
+
+
+@pytest.mark.parametrize("name", ["report.md", "step.md", "scale.md"])
+def test_a_table_beside_its_json_that_says_something_else_is_named(copied, name, capsys):
+    (file,) = (copied / "results").glob(f"*/{name}")
+    file.write_text(file.read_text().replace("kdfast", "faster"))
+    assert summary.main([str(copied), "--check"]) == 1
+    assert capsys.readouterr().err.startswith(f"{file} is not what the JSON says")
+    file.unlink()
+    assert summary.main([str(copied), "--check"]) == 1
+
+
+def test_skipped_rows_keep_their_estimate_and_wrong_ones_are_named(copied):
+    (file,) = (copied / "results").glob("*/results.json")
+    results = json.loads(file.read_text())
+    first, second = results["rows"][:2]
+    first |= {"skipped": "needs about 9.0 GB", "variants": {}, "bound": None}
+    second["wrong"] = ["kdfast cpp: error of loss is 1"]
+    text = summary.operators(results)
+    assert f"- {first['name']}: needs about 9.0 GB" in text
+    assert (
+        f"{second['name']}: kdfast cpp: error of loss is 1" in text.partition("`attention_kl`")[0]
+    )
+
+
+def test_a_command_that_the_file_does_not_name_is_not_made_up(copied):
+    (file,) = (copied / "results").glob("*/step.json")
+    results = json.loads(file.read_text())
+    results.pop("command", None)
+    file.write_text(json.dumps(results))
+    assert "#### Whole steps\n\nOlder results: they do not" in summary.text(copied / "results")
+    file.write_text(json.dumps(results | {"command": "kdfast bench step --only x"}))
+    assert "#### Whole steps: `kdfast bench step --only x`" in summary.text(copied / "results")
 
 
 def test_results_of_two_machines_do_not_stand_under_one_heading(tmp_path):
