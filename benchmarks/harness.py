@@ -31,6 +31,7 @@ The results, as JSON (`kdfast.benchmarks.report` needs nothing else):
                   variants: {name: {seconds: [one a round],
                                     error: {loss and each gradient: |x - x64|max / |x64|max},
                                     memory: {beyond_inputs, beyond_inputs_and_gradients} | null,
+                                    memory_skipped: why its process did not say its memory | null,
                                     skipped: why it was not run | null}},
                   others: share of the CPUs that other work took during the rounds | null,
                   wrong: [what is wrong with which variant]}]
@@ -290,7 +291,9 @@ def measure(
         if name in row.without:
             continue
         say(name)
-        record: dict[str, Any] = {"seconds": [], "error": None, "memory": None, "skipped": None}
+        record: dict[str, Any] = {
+            "seconds": [], "error": None, "memory": None, "memory_skipped": None, "skipped": None,
+        }  # fmt: skip
         variants[name] = record
         # A GPU that is full raises; a CPU's process is killed.
         if device.type == "cpu" and name not in LEAN:
@@ -323,7 +326,7 @@ def measure(
             if name == "kdfast reference":
                 continue
             say(f"{name}: memory")
-            variants[name]["memory"] = peak_in_a_process(row, name)
+            variants[name] |= peak_in_a_process(row, name)
 
     gc.disable()
     others = OtherWork() if device.type == "cpu" else None
@@ -478,26 +481,30 @@ def _memory(problem: Problem, row: Row, peak: int) -> dict[str, int]:
     }
 
 
-def peak_in_a_process(row: Row, variant: str) -> dict[str, int] | None:
-    """The process's own peak, which a fresh one alone can tell from what came before; or None."""
-    found: dict[str, int] | None = in_a_process(
-        _peak_of_this_process, row, variant, torch.get_num_threads()
-    )
-    return found
+def peak_in_a_process(row: Row, variant: str) -> dict[str, Any]:
+    """memory: by the process's own peak, which a fresh one alone can tell from what came before;
+    memory_skipped: why there is none."""
+    found, reason = tried_in_a_process(_peak_of_this_process, row, variant, torch.get_num_threads())
+    return {"memory": found, "memory_skipped": reason}
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Its result in a fresh process; None where that was killed or ran out of memory."""
+    return tried_in_a_process(function, *arguments)[0]
+
+
+def tried_in_a_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """Its result in a fresh process; or None, and that it was killed or ran out of memory."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_map_blocks) as process:
         try:
-            return process.submit(function, *arguments).result()
-        except BrokenProcessPool:  # killed for want of memory
-            return None
+            return process.submit(function, *arguments).result(), None
+        except BrokenProcessPool:  # for want of memory, as a rule, but nobody says so
+            return None, "killed"
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            return None
+            return None, "out of memory"
 
 
 def _map_blocks() -> None:
@@ -628,18 +635,19 @@ def bound(work: Work, dtype: str, ceilings: dict[str, Any]) -> dict[str, Any]:
 
 # The run
 
+LISTED = 8  # rows in an error
+
 
 def rows_of(operators: Sequence[str], which: str, only: str) -> list[Row]:
     """Those of a set whose name has `only` in it; InputError where there are none."""
-    rows = [
-        row
-        for operator in operators
-        for row in operator_module(operator).ROWS[which]
-        if only in f"{operator} {row.name}"
-    ]
+    known = [row for operator in operators for row in operator_module(operator).ROWS[which]]
+    rows = [row for row in known if only in f"{row.operator} {row.name}"]
     if not rows:
+        names = [f"{row.operator} {row.name}" for row in known]
+        more = f", ... and {len(names) - LISTED} more" if len(names) > LISTED else ""
         raise InputError(
-            f"no row of the set {which!r} of {', '.join(operators)} has {only!r} in its name"
+            f"no row of the set {which!r} of {', '.join(operators)} has {only!r} in its name: "
+            f"{', '.join(names[:LISTED])}{more}"
         )
     return rows
 

@@ -240,16 +240,17 @@ def _errors(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _memory(rows: Sequence[dict[str, Any]]) -> str:
-    rows = [row for row in rows if any(v["memory"] for v in row["variants"].values())]
-    measured = (name for row in rows for name, v in row["variants"].items() if v["memory"])
-    names = list(dict.fromkeys(measured))
+    def cell(variant: dict[str, Any]) -> str:
+        if variant.get("memory"):
+            return " / ".join(f"{x / 1e6:,.0f}" for x in variant["memory"].values())
+        return variant.get("memory_skipped") or ""
 
-    def cell(row: dict[str, Any], name: str) -> str:
-        found = (row["variants"].get(name) or {}).get("memory")
-        return "" if not found else " / ".join(f"{x / 1e6:,.0f}" for x in found.values())
-
+    rows = [row for row in rows if any(map(cell, row["variants"].values()))]
+    tried = (name for row in rows for name, v in row["variants"].items() if cell(v))
+    names = list(dict.fromkeys(tried))
     header = ["row", *(name.removeprefix("kdfast ") for name in names)]
-    return _table(header, [[row["name"], *(cell(row, n) for n in names)] for row in rows])
+    body = [[row["name"], *(cell(row["variants"].get(n, {})) for n in names)] for row in rows]
+    return _table(header, body)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

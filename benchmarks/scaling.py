@@ -10,7 +10,8 @@ The results are as in `harness`, but for `suite` ("scale") and the rows:
 
     rows  [{name, axis, method, points: [{size, skipped: why nothing was run | null,
                                           variants: {name: {seconds: [one a round],
-                                                            memory: peak bytes | null}}}],
+                                                            memory: peak bytes | null,
+                                                            memory_skipped: as in `harness`}}}],
             exponents: {name: {seconds: [slope, standard error], memory: the same | null}},
             others: as in `harness`, of the point where it was most}]
 """
@@ -209,7 +210,7 @@ def measure(
             continue
         reason = harness.too_large(lean + dense, device)  # of eager alone
         variants: dict[str, dict[str, Any]] = {
-            name: {"seconds": [], "memory": None}
+            name: {"seconds": [], "memory": None, "memory_skipped": None}
             for name in VARIANTS
             if name == "kdfast" or reason is None
         }
@@ -235,7 +236,7 @@ def measure(
         gc.collect()
         if which != "quick":
             for name in variants:
-                variants[name]["memory"] = _peak(method, size, name, device)
+                variants[name] |= _peak(method, size, name, device)
         if reason is not None:
             reason = f"eager {reason}"
         points.append({"size": value, "skipped": reason, "variants": variants})
@@ -255,12 +256,12 @@ def measure(
     }
 
 
-def _peak(method: str, size: Size, variant: str, device: torch.device) -> int | None:
-    """Bytes beyond the captured tensors at the peak of a run, in a process of its own."""
-    found: int | None = harness.in_a_process(
+def _peak(method: str, size: Size, variant: str, device: torch.device) -> dict[str, Any]:
+    """memory: bytes beyond the captured tensors at the peak of a run, in a process of its own."""
+    found, reason = harness.tried_in_a_process(
         _peak_of_this_process, method, size, variant, device.type, torch.get_num_threads()
     )
-    return found
+    return {"memory": found, "memory_skipped": reason}
 
 
 def _peak_of_this_process(
@@ -433,6 +434,13 @@ def markdown(results: dict[str, Any]) -> str:
         for row in results["rows"]
         for point in row["points"]
         if point["skipped"]
+    ]
+    skipped += [
+        f"{row['name']} {point['size']}: memory of {name}: {variant['memory_skipped']}"
+        for row in results["rows"]
+        for point in row["points"]
+        for name, variant in point["variants"].items()
+        if variant.get("memory_skipped")
     ]
     if any("others" not in row for row in results["rows"]):
         skipped.append(BEFORE)

@@ -282,7 +282,11 @@ def _bench(options: argparse.Namespace) -> int:
     if options.source:
         results = report.read_runs(options.source)
         if suite := results.get("suite"):
-            raise InputError(f"--from holds results of the suite {suite}: kdfast bench {suite}")
+            file = options.source[0]
+            raise InputError(
+                f"--from {file} holds results of the suite {suite}: kdfast bench {suite} "
+                f"--from {file}"
+            )
         if options.operator:
             results["rows"] = [row for row in results["rows"] if row["operator"] in operators]
     else:
@@ -334,7 +338,15 @@ def _bench_suite(options: argparse.Namespace, name: str) -> int:
     if options.source:
         results = report.read_runs(options.source)
         if results.get("suite") != name:
-            raise InputError(f"--from holds no results of the suite {name}")
+            file, own = options.source[0], "kdfast bench"
+            if suite := results.get("suite"):
+                held, own = f"those of the suite {suite}", f"{own} {suite}"
+            else:
+                held = "a comparison of revisions" if "kind" in results else "results of operators"
+            raise InputError(
+                f"--from {file} holds no results of the suite {name}, but {held}: {own} --from "
+                f"{file}"
+            )
     else:
         results = module.run(torch.device(_bench_device(options)), **_bench_given(options))
         results |= _bench_origin(options)

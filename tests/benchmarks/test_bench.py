@@ -1,6 +1,7 @@
 """`kdfast bench`: what it measures, what it refuses, and that a wrong output fails the run."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from kdfast import cli, reference
 from kdfast.benchmarks import attention_kl, harness
-from kdfast.errors import BackendError
+from kdfast.errors import BackendError, InputError
 from kdfast.ops import dispatch
 
 CPU = torch.device("cpu")
@@ -245,12 +246,23 @@ def test_output_is_wrong_beyond_twice_the_error_of_eager_and_the_floor() -> None
 def test_memory_of_a_pass_is_that_of_its_maps() -> None:
     # Maps so large that the allocator takes each from the system and gives it back.
     row = harness.Row("attention_kl", {"B": 1, "H": 4, "N": 1600, "d": 64})
-    found = harness.peak_in_a_process(row, "eager")
+    found = harness.peak_in_a_process(row, "eager")["memory"]
     if found is None:
         pytest.skip("this system does not reset a process's peak memory")
     one_map, gradients = 4 * 1600**2 * 4, 2 * 4 * 1600 * 64 * 4
     assert 3 * one_map < found["beyond_inputs"] < 9 * one_map
     assert found["beyond_inputs"] - found["beyond_inputs_and_gradients"] == gradients
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "reason"),
+    [(bytearray, (1 << 62,), "out of memory"), (os._exit, (1,), "killed")],
+)
+def test_a_process_without_a_result_says_why(
+    function: Callable[..., Any], arguments: tuple[int, ...], reason: str
+) -> None:
+    assert harness.tried_in_a_process(function, *arguments) == (None, reason)
+    assert harness.in_a_process(function, *arguments) is None
 
 
 # What bad arguments get
@@ -290,6 +302,8 @@ def test_force_overwrites(bench: Callable[..., Result], tmp_path: Path) -> None:
     [
         (["atention_kl"], "did you mean 'attention_kl'?"),
         (["--only", "N513"], "no row of the set 'cpu'"),
+        (["--only", "N513"], "has 'N513' in its name: attention_kl B"),
+        (["attention_map_kl", "--quick", "--only", "N513"], "in its name: attention_map_kl B"),
         (["--threads", "0"], "--threads is 0, should be above 0"),
         (["--seconds", "-1"], "--seconds is -1.0, should be above 0"),
         (["--from", "a.json", "--json", "b.json"], "--from measures nothing"),
@@ -301,6 +315,14 @@ def test_bad_arguments_are_named(
     status, _, err = bench(*arguments)
     assert status == 2 and expected in err
     assert err.count("\n") == 1
+
+
+def test_rows_that_are_listed_are_a_few() -> None:
+    with pytest.raises(InputError) as error:
+        harness.rows_of(harness.OPERATORS, "cpu", "N513")
+    known = len(harness.rows_of(harness.OPERATORS, "cpu", ""))
+    assert str(error.value).count("attention_kl B") == harness.LISTED < known
+    assert str(error.value).endswith(f", ... and {known - harness.LISTED} more")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -58,6 +58,31 @@ def test_memory_is_in_the_report_beside_errors(results: dict[str, Any]) -> None:
     assert "2.0e-03 3.0e-03" in text
 
 
+def test_memory_that_a_process_could_not_say_has_its_reason(results: dict[str, Any]) -> None:
+    results["rows"][0]["variants"]["flash"]["memory_skipped"] = "killed"
+    assert "killed" in line_of(report.markdown(results), "N512", "30 / 28")
+
+
+@pytest.mark.parametrize("suite", ["step", "scale"])
+def test_a_file_of_another_suite_is_named_with_what_it_holds(
+    results: dict[str, Any], suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    operators, steps, against = (tmp_path / f"{name}.json" for name in ("operators", "of", "ab"))
+    operators.write_text(json.dumps(results))
+    steps.write_text(json.dumps(results | {"suite": suite}))
+    against.write_text(json.dumps(results | {"kind": "against"}))
+    other = {"step": "scale", "scale": "step"}[suite]
+    for arguments, said in (
+        ([suite, "--from", operators], f"suite {suite}, but results of operators: kdfast bench "),
+        ([suite, "--from", against], f"suite {suite}, but a comparison of revisions: "),
+        ([other, "--from", steps], f"suite {other}, but those of the suite {suite}: kdfast bench "),
+        (["--from", steps], f"holds results of the suite {suite}: kdfast bench {suite} --from "),
+    ):
+        assert cli.main(["bench", *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and f"--from {arguments[-1]} holds" in error
+
+
 def test_wrong_and_unfinished_results_are_announced(results: dict[str, Any]) -> None:
     assert "Wrong" not in report.markdown(results)
     results["rows"][2]["wrong"] = ["kdfast reference: error of loss is 1"]

@@ -84,6 +84,13 @@ def test_a_run_before_training_s_own_order_is_said_to_be_one():
     assert scaling.BEFORE in scaling.markdown(results)
 
 
+def test_memory_that_could_not_be_measured_has_its_reason():
+    results = scaling.run(torch.device("cpu"), which="quick", only="layer pairs internal")
+    results["rows"][0]["points"][1]["variants"]["eager"]["memory_skipped"] = "out of memory"
+    text = scaling.markdown(results)
+    assert "layer pairs internal 2: memory of eager: out of memory" in text
+
+
 def test_an_unknown_axis_is_refused():
     with pytest.raises(InputError, match="no row of scale has 'depth'.*batch internal"):
         scaling.run(torch.device("cpu"), which="quick", only="depth")
