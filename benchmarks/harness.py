@@ -52,6 +52,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -369,10 +370,13 @@ def once(prepare: Callable[[], Any], timed: Callable[[Any], list[Tensor]]) -> li
 
 
 def interleaved(names: list[str], rounds: int) -> Iterator[list[str]]:
-    """Every round begins with another variant, so that none always follows the same one."""
+    """Every round begins with another variant, and the others follow in a random order, the same in
+    every run, so that none always follows the same one."""
+    chance = random.Random(0)
     for k in range(rounds):
-        k %= max(len(names), 1)
-        yield names[k:] + names[:k]
+        first = names[k % max(len(names), 1) :][:1]
+        others = [name for name in names if name not in first]
+        yield first + chance.sample(others, len(others))
 
 
 def wrong_outputs(variants: dict[str, dict[str, Any]], dtype: str) -> list[str]:

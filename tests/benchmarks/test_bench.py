@@ -222,6 +222,19 @@ def test_every_round_begins_with_another_variant() -> None:
     orders = list(harness.interleaved(["a", "b", "c"], 4))
     assert [order[0] for order in orders] == ["a", "b", "c", "a"]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert list(harness.interleaved([], 2)) == [[], []]
+
+
+@pytest.mark.parametrize("count", [3, 5, 7])
+def test_no_variant_follows_the_same_one_in_most_rounds(count: int) -> None:
+    names = [str(k) for k in range(count)]
+    orders = list(harness.interleaved(names, 25))
+    assert orders == list(harness.interleaved(names, 25))  # the same in every run
+    for name in names:
+        before = [order[order.index(name) - 1] for order in orders if order[0] != name]
+        assert set(before) <= {*names} - {name}
+        assert all(before.count(other) <= 0.7 * len(before) for other in names)
+        assert len(set(before)) >= min(count - 1, 3)
 
 
 def test_bound_is_set_by_the_scarcest() -> None:
