@@ -34,6 +34,7 @@ from transformers import (
     get_scheduler,
     set_seed,
 )
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdfast.captured import Captured, Needs
@@ -190,7 +191,8 @@ class DistillationTrainer(Trainer):
             sized = "max_length" in inspect.signature(RECIPES[args.recipe]).parameters
             if sized and options.get("max_length") is None:
                 # Among the options, so that the recipe can be built again from what is saved.
-                options = {**options, "max_length": _longest(train_dataset)}
+                longest = _longest(train_dataset, kwargs.get("data_collator"))
+                options = {**options, "max_length": longest}
             recipe = build_recipe(
                 args.recipe,
                 student_shape,
@@ -970,11 +972,20 @@ def _reached(loss: torch.Tensor) -> set[int]:
     return found
 
 
-def _longest(dataset: Any) -> int | None:
-    """Tokens of the longest row of a tokenised data set, where it can be asked."""
-    if isinstance(dataset, datasets.Dataset) and "input_ids" in dataset.column_names:
-        return max((len(ids) for ids in dataset["input_ids"]), default=None)
-    return None
+def _longest(dataset: Any, collator: Any) -> int | None:
+    """Tokens of the longest batch that kdfast's and transformers' collators make of a tokenised
+    data set; None of one that is not held whole."""
+    if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
+        return None
+    longest = max((len(ids) for ids in dataset["input_ids"]), default=0)
+    padded = getattr(collator, "pad_to", None)
+    if getattr(collator, "padding", None) == "max_length":
+        padded = collator.max_length or collator.tokenizer.model_max_length
+    # A tokenizer without a maximum has a huge one, to which transformers does not pad.
+    if padded is not None and padded < LARGE_INTEGER:
+        longest = max(longest, padded)
+    multiple = getattr(collator, "pad_to_multiple_of", None) or 1
+    return multiple * math.ceil(longest / multiple) or None
 
 
 def _options(args: DistillationArguments) -> dict[str, Any]:

@@ -154,8 +154,8 @@ def fsd(
             goes from 1e-7 to 1 and ends near 1e-6 to 1e-2 on most tasks; squared differences of
             distances between long vectors dwarf those of cosines.
         memory_init: of the student's memory, "normal" (the paper) or "teacher" (equal widths).
-        max_length: tokens of the longest input, the memories' width; known to the trainer where
-            the data set is held whole.
+        max_length: tokens of the longest batch, padding and all: the memories' width. Known to the
+            trainer where the data set is held whole.
     """
     if layer_map == "penultimate":
         layer_map = [[max(1, student.layers - 1), max(1, teacher.layers - 1)]]

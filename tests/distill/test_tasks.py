@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from kdfast import DistillationArguments, DistillationTrainer
@@ -14,6 +15,7 @@ from kdfast.distill.capture import model_shape
 from kdfast.distill.config import DistillConfig, read_config
 from kdfast.distill.data import DistillationCollator, tokenize
 from kdfast.distill.models import cut_student, load_model
+from kdfast.distill.trainer import STATE_FILE
 
 
 @pytest.fixture
@@ -140,6 +142,18 @@ def test_the_papers_glue_configuration_runs_on_a_folder_of_the_layout(
     assert status == 0, capsys.readouterr().err
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     assert results["primary"] == "spearman" and len(results["students"]) == 2
+
+
+@pytest.mark.slow
+def test_padding_counts_where_all_batches_are_padded_to_max_length(run):
+    results, _, run_dir = run(
+        "recipe={name: fsd, clusters: 4, padding: counted}",
+        *("data.pad=max_length", "data.max_length=24", "student.layers=2"),
+    )
+    assert results["students"][0]["options"]["padding"] == "counted"
+    state = load_file(run_dir / "students" / "fsd" / "seed-0" / STATE_FILE)
+    (memory,) = (value for key, value in state.items() if "student_memory" in key)
+    assert memory.shape == (4, 24 * 32)
 
 
 def test_embedders_are_distilled_without_labels_or_heads(run, tiny_bert, tmp_path, csv_file):

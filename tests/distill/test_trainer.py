@@ -6,7 +6,12 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    RobertaConfig,
+)
 
 import kdfast
 from kdfast import DistillationArguments, DistillationTrainer, InputError
@@ -138,6 +143,36 @@ def first_gradient(trainer):
     with pytest.raises(Stop):
         trainer.train()
     return seen
+
+
+@pytest.mark.parametrize(
+    ("collator", "padding", "width"),
+    [
+        (DistillationCollator, {}, 11),
+        (DistillationCollator, {"pad_to": 24}, 24),
+        (DataCollatorWithPadding, {"pad_to_multiple_of": 8}, 16),
+        (DataCollatorWithPadding, {"padding": "max_length"}, 64),
+        (DataCollatorWithPadding, {"padding": "max_length", "max_length": 20}, 20),
+        (
+            DataCollatorWithPadding,
+            {"padding": "max_length", "max_length": 20, "pad_to_multiple_of": 8},
+            24,
+        ),
+    ],
+)
+def test_the_memories_are_as_wide_as_the_collators_batches(
+    collator, padding, width, tmp_path, teacher, tokenizer, train
+):
+    trainer = DistillationTrainer(
+        model=student_of(teacher),
+        teacher=teacher,
+        args=arguments(tmp_path, recipe="fsd", recipe_options=OPTIONS["fsd"], max_steps=6),
+        train_dataset=train,
+        data_collator=collator(tokenizer, **padding),
+        processing_class=tokenizer,
+    )
+    assert trainer.recipe.options["max_length"] == width
+    trainer.train()
 
 
 @pytest.mark.parametrize(
