@@ -144,6 +144,12 @@ def _part(
         options |= {**zero, **fixed, own: entry.get("weight", 1.0)}
         weight = Weight(1.0)
     check_recipe(recipe, options, beside=ENTRY_KEYS)
+    if options.get("assistants"):
+        raise InputError(
+            f"assistants {options['assistants']!r} of recipe '{recipe}' make it train a chain of "
+            "models, and recipe 'custom' trains one: make it the run's recipe, or leave assistants "
+            "out, and the teacher teaches by itself"
+        )
     if "max_length" in options_of(recipe):
         options.setdefault("max_length", max_length)
     name = entry.get("name", entry.get("loss", entry.get("recipe")))

@@ -128,6 +128,11 @@ def test_stages_of_ones_own(shapes, captured):
         ([{"loss": "cosine", "weight": -1}], [], "must not be negative"),
         ([{"loss": "cosine"}, {"loss": "cosine"}], [], "two losses named 'cosine'"),
         ([{"recipe": "custom", "losses": []}], [], "cannot list itself"),
+        (
+            [{"recipe": "takd", "assistants": [4]}],
+            [],
+            r"assistants \[4\] .*make it the run's recipe",
+        ),
         ([{"loss": "cosine", "name": "a.b"}], [], "must be a word"),
         ([{"loss": "cosine"}], [{"losses": ["cosin"]}], "did you mean 'cosine'"),
         ([{"loss": "cosine"}], [{"layers": [3]}], "student layer 3"),
