@@ -50,7 +50,9 @@ def analyze(model_a: str, model_b: str, config: AnalyzeConfig) -> dict[str, Any]
         )
     first, second = (to_device(_load(name, remote)) for name in (model_a, model_b))
     tokenizers = [load_tokenizer(name, trust_remote_code=remote) for name in (model_a, model_b)]
-    recipe = _recipe(model_a, first, second, config.recipe)  # type: ignore[arg-type]
+    shared = same_vocabulary(tokenizers[0], tokenizers[1])
+    asked: Any = config.recipe
+    recipe = _recipe(model_a, first, second, asked, shared_tokens=shared)
     splits = load_data(data)
     for note in splits.notes:
         say(f"data: {note}")
@@ -58,7 +60,6 @@ def analyze(model_a: str, model_b: str, config: AnalyzeConfig) -> dict[str, Any]
         raise InputError(f"data.test has {len(splits.test)} rows and needs at least 4 for CKA")
     for model in (first, second):
         check_length(model, data.max_length)
-    shared = same_vocabulary(tokenizers[0], tokenizers[1])
     extra = None if shared else tokenizers[1]
     sentences = splits.test.select(range(min(config.sentences, len(splits.test))))
     matrix, weights = alignment(
@@ -113,7 +114,12 @@ def _load(name: str, remote: bool) -> PreTrainedModel:
 
 
 def _recipe(
-    folder: str, student: PreTrainedModel, teacher: PreTrainedModel, asked: dict[str, Any] | None
+    folder: str,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    asked: dict[str, Any] | None,
+    *,
+    shared_tokens: bool,
 ) -> Recipe | None:
     """The recipe that was asked for, else the one whose state lies in `folder`, as it was left."""
     file = Path(folder).expanduser() / STATE_FILE
@@ -124,35 +130,44 @@ def _recipe(
                 kept = state.metadata() or {}
         except SafetensorError as error:
             raise InputError(f"{file} cannot be read: {error}") from None
-    options = json.loads(kept.get("options") or "{}")
-    name = kept.get("recipe")
-    if asked is not None:
-        name = asked["name"]
-        options = {k: v for k, v in asked.items() if k != "name"} or (
-            options if kept.get("recipe") == name else {}
-        )
+    name = kept.get("recipe") if asked is None else asked["name"]
+    options = {k: v for k, v in (asked or {}).items() if k != "name"}
+    if not options and kept.get("recipe") == name:
+        options = json.loads(kept.get("options") or "{}")
     if name not in PROJECTING:
         if asked is not None:
             raise InputError(
                 f"recipe {name} has no layer projection to show: choose {', '.join(PROJECTING)}"
             )
         return None
-    recipe = build_recipe(name, model_shape(student), model_shape(teacher), **options)
-    if not any(hasattr(term, "projection_weights") for term in recipe.terms.values()):
+    try:
+        recipe = build_recipe(name, model_shape(student), model_shape(teacher), **options)
+        terms = [t for t in recipe.terms.values() if hasattr(t, "projection_weights")]
+        if not terms:
+            if asked is not None:
+                raise InputError(
+                    f"recipe {name} with these options has no layer projection to show"
+                )
+            return None
+        if terms[0].token_aligned and not shared_tokens:
+            raise InputError(f"recipe {name} compares token by token, and the tokenisers differ")
+        if recipe.state_dict():
+            if kept.get("recipe") != name:
+                raise InputError(
+                    f"recipe {name} has learned parts, and {folder} has no {STATE_FILE} of it: "
+                    "give the folder of a student that it trained"
+                )
+            try:
+                recipe.load_state_dict(load_file(file))
+            except RuntimeError as error:
+                first = str(error).splitlines()[0]
+                raise InputError(f"{file} does not fit these two models: {first}") from None
+    except InputError as error:
         if asked is not None:
-            raise InputError(f"recipe {name} with these options has no layer projection to show")
+            raise
+        # The second model need not be the one that taught the first.
+        say(f"no layer-projection weights: {error}")
         return None
-    if recipe.state_dict():
-        if kept.get("recipe") != name:
-            raise InputError(
-                f"recipe {name} has learned parts, and {folder} has no {STATE_FILE} of it: give "
-                "the folder of a student that it trained"
-            )
-        try:
-            recipe.load_state_dict(load_file(file))
-        except RuntimeError as error:
-            first = str(error).splitlines()[0]
-            raise InputError(f"{file} does not fit these two models: {first}") from None
     return recipe.to(student.device).eval()
 
 

@@ -127,7 +127,7 @@ class DistillationTrainer(Trainer):
     as found where it was made (`kdfast_padded_masks`), so that nobody waits for the device to see
     it: who changes a mask afterwards takes that entry away. Loss terms are logged apart as
     loss_<term>, unweighted. Beside each saved student lies kdfast_state.safetensors with the
-    recipe's learned parts, if any; its metadata names the recipe and its options.
+    recipe's learned parts; without any, with its metadata alone, the recipe's name and options.
 
     Micro-batches of gradient accumulation, and the batches of several processes, are weighted by
     the samples or tokens that a term is the mean of, so that together they give the gradient of the
@@ -540,14 +540,12 @@ class DistillationTrainer(Trainer):
             self.save_recipe(directory)
 
     def save_recipe(self, directory: str | os.PathLike[str]) -> None:
-        """Write the recipe's learned parts, if it has any, and its stage, if it has several.
+        """Write the recipe's learned parts, which may be none.
 
         The metadata of the file name the recipe ("recipe"), its options as JSON ("options") and
         where its stages stand ("stage").
         """
         state = self.recipe.state_dict()
-        if not state and len(self.recipe.stages) == 1:
-            return
         partial = os.path.join(directory, STATE_FILE + ".partial")
         metadata = {
             "recipe": self.recipe.name,

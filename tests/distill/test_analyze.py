@@ -64,6 +64,43 @@ def test_alp_weights_follow_from_the_states_alone(run, tiny_bert, tmp_path, make
     assert (target / "projection_weights.png").is_file()
 
 
+@pytest.mark.parametrize("options", [{"scale": "width"}, {"rows": "tokens", "temperature": 3.0}])
+def test_an_alp_students_weights_are_those_of_the_options_it_was_trained_with(
+    options, run, tiny_bert, tmp_path, make_trainer
+):
+    trainer = make_trainer("alp", recipe_options=options, max_steps=1, save_strategy="no")
+    trainer.train()
+    student = tmp_path / "student"
+    trainer.save_model(str(student))
+    _, found, _, _ = run(student, tiny_bert)
+    assert found["recipe"] == {"name": "alp", **options}
+    asked = json.dumps({"name": "alp", **options})
+    _, again, _, _ = run(student, tiny_bert, "--recipe", asked, "overwrite=true")
+    _, others, _, _ = run(
+        student, tiny_bert, "--recipe", "{name: alp, scale: 0.1}", "overwrite=true"
+    )
+    assert found["projection_weights"] == again["projection_weights"]
+    assert found["projection_weights"] != others["projection_weights"]
+
+
+def test_weights_are_left_out_beside_a_model_that_was_not_the_teacher(
+    run, tmp_path, make_trainer, make_tiny_bert
+):
+    trainer = make_trainer(
+        "alp", recipe_options={"rows": "tokens"}, max_steps=1, save_strategy="no"
+    )
+    student = tmp_path / "student"
+    trainer.save_model(str(student))
+    for changes, why in (
+        ({"width": 16}, "does not fit these two models"),
+        ({"words": ["good", "bad", "film"]}, "the tokenisers differ"),
+    ):
+        other = make_tiny_bert(tmp_path / "other", **changes)
+        status, results, out, _ = run(student, other, "overwrite=true")
+        assert status == 0 and "no layer-projection weights: " in out and why in out
+        assert results["projection_weights"] is None
+
+
 def test_universal_weights_are_those_of_the_state_beside_the_student(
     run, tiny_bert, tmp_path, make_tiny_bert
 ):

@@ -1,10 +1,12 @@
 """DistillationTrainer: what it trains, logs, saves, resumes and refuses."""
 
+import json
 import shutil
 
 import datasets
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -240,9 +242,15 @@ def test_learned_parts_of_the_recipe_are_trained_and_saved_apart(
     assert not set(saved) & set(load_file(folder / "model.safetensors"))
 
 
-def test_a_recipe_without_learned_parts_saves_no_state_file(tmp_path, teacher, tokenizer, train):
-    trainer_for(tmp_path, teacher, tokenizer, train).train()
-    assert not (tmp_path / "out" / "checkpoint-4" / STATE_FILE).exists()
+def test_a_recipe_without_learned_parts_saves_its_name_and_options(
+    tmp_path, teacher, tokenizer, train
+):
+    trainer_for(tmp_path, teacher, tokenizer, train, recipe_options={"padding": "counted"}).train()
+    with safe_open(tmp_path / "out" / "checkpoint-4" / STATE_FILE, "pt") as state:
+        assert not state.keys()
+        kept = state.metadata()
+    assert kept["recipe"] == "internal"
+    assert json.loads(kept["options"]) == {"padding": "counted"}
 
 
 @pytest.mark.parametrize("recipe", ["internal", "universal"])
