@@ -166,6 +166,13 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     )
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile(model) or model.compile() was called: hooks then come too late."""
+    return isinstance(model, torch._dynamo.OptimizedModule) or bool(
+        getattr(model, "_compiled_call_impl", None)
+    )
+
+
 class Capture:
     """Runs a model and returns its outputs with the internals that `needs` names.
 
@@ -185,9 +192,7 @@ class Capture:
 
     def __init__(self, model: PreTrainedModel, needs: Needs) -> None:
         name = type(model).__name__
-        if isinstance(model, torch._dynamo.OptimizedModule) or getattr(
-            model, "_compiled_call_impl", None
-        ):
+        if is_compiled(model):
             raise InputError(
                 f"{name} is already compiled: hooks added now would be ignored; give the plain "
                 "model, and compile it afterwards"

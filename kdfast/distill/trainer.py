@@ -38,7 +38,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdfast.captured import Captured, Needs
-from kdfast.distill.capture import Capture, model_shape
+from kdfast.distill.capture import Capture, is_compiled, model_shape
 from kdfast.distill.data import DistillationCollator, same_vocabulary
 from kdfast.distill.graphs import Graphs
 from kdfast.distill.models import set_attention_dropout
@@ -156,6 +156,12 @@ class DistillationTrainer(Trainer):
         if args is None:
             args = DistillationArguments()
         _check_arguments(args)
+        for role, given in {"model": model, "teacher": teacher}.items():
+            if is_compiled(given):
+                raise InputError(
+                    f"{role} is compiled already, and capture cannot see into it: give the plain "
+                    "model, and torch_compile=True in args"
+                )
         if not isinstance(model, PreTrainedModel):
             raise InputError(
                 f"model must be a transformers PreTrainedModel, was {type(model).__name__}"

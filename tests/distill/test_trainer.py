@@ -506,6 +506,14 @@ def test_a_teacher_given_by_name_is_refused_with_what_to_do(tmp_path, teacher, t
         trainer_for(tmp_path, "some/teacher", tokenizer, train, student_of(teacher))
 
 
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_a_model_compiled_already_is_refused_with_what_to_do(role, tmp_path, teacher):
+    models = {"model": student_of(teacher), "teacher": teacher}
+    models[role] = torch.compile(models[role])
+    with pytest.raises(InputError, match=f"{role} is compiled already.* torch_compile=True"):
+        DistillationTrainer(**models, args=arguments(tmp_path))
+
+
 def test_a_missing_teacher_is_refused(tmp_path, teacher, tokenizer, train):
     with pytest.raises(InputError, match="needs a teacher"):
         DistillationTrainer(model=teacher, args=arguments(tmp_path), train_dataset=train)
