@@ -78,6 +78,8 @@ def check_recipe(name: str, options: dict[str, Any], beside: Iterable[str] = ())
             whole = type(value) is int or (value is None and "None" in kind)
             if not whole and "Sequence" not in kind:
                 raise InputError(f"{key} of recipe '{name}' must be a whole number, was {value!r}")
+        if known[key].annotation in (bool, "bool") and not isinstance(value, bool):
+            raise InputError(f"{key} of recipe '{name}' must be true or false, was {value!r}")
         number = known[key].annotation in (float, "float")
         if number and not (is_number and math.isfinite(value)):
             raise InputError(f"{key} of recipe '{name}' must be a finite number, was {value!r}")

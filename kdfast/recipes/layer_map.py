@@ -22,7 +22,8 @@ STRATEGIES = {
 def layer_map(strategy: Any, student: ModelShape, teacher: ModelShape) -> LayerMap:
     """The pairs that a strategy name or an explicit list [[student, teacher], ...] stands for.
 
-    Raises InputError for an unknown strategy, a layer out of range, or too few layers.
+    Raises InputError for an unknown strategy, a layer out of range, too few layers, or a pair that
+    is there twice.
     """
     s, t = student.layers, teacher.layers
     if isinstance(strategy, str):
@@ -65,4 +66,8 @@ def layer_map(strategy: Any, student: ModelShape, teacher: ModelShape) -> LayerM
                 raise InputError(
                     f"layer_map names {role} layer {layer}; the {role} has layers 1 to {layers}"
                 )
-    return tuple((i, j) for i, j in strategy)
+    pairs = tuple((i, j) for i, j in strategy)
+    for pair in pairs:
+        if pairs.count(pair) > 1:
+            raise InputError(f"layer_map names the pair {list(pair)} twice: name each pair once")
+    return pairs
