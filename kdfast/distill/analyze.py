@@ -8,7 +8,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -21,7 +20,7 @@ from kdfast.distill.models import load_model, load_tokenizer
 from kdfast.distill.provenance import code_version, environment
 from kdfast.distill.run_directory import say, write_text
 from kdfast.distill.student import check_length, to_device
-from kdfast.distill.trainer import STATE_FILE
+from kdfast.distill.trainer import STATE_FILE, saved_recipe
 from kdfast.errors import InputError
 from kdfast.recipes import Recipe, build_recipe
 
@@ -123,17 +122,11 @@ def _recipe(
 ) -> Recipe | None:
     """The recipe that was asked for, else the one whose state lies in `folder`, as it was left."""
     file = Path(folder).expanduser() / STATE_FILE
-    kept: dict[str, str] = {}
-    if file.is_file():
-        try:
-            with safe_open(file, "pt") as state:
-                kept = state.metadata() or {}
-        except SafetensorError as error:
-            raise InputError(f"{file} cannot be read: {error}") from None
-    name = kept.get("recipe") if asked is None else asked["name"]
+    kept, kept_options = saved_recipe(folder)
+    name = kept if asked is None else asked["name"]
     options = {k: v for k, v in (asked or {}).items() if k != "name"}
-    if not options and kept.get("recipe") == name:
-        options = json.loads(kept.get("options") or "{}")
+    if not options and kept == name:
+        options = kept_options
     if name not in PROJECTING:
         if asked is not None:
             raise InputError(
@@ -152,7 +145,7 @@ def _recipe(
         if terms[0].token_aligned and not shared_tokens:
             raise InputError(f"recipe {name} compares token by token, and the tokenisers differ")
         if recipe.state_dict():
-            if kept.get("recipe") != name:
+            if kept != name:
                 raise InputError(
                     f"recipe {name} has learned parts, and {folder} has no {STATE_FILE} of it: "
                     "give the folder of a student that it trained"

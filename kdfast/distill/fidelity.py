@@ -22,6 +22,7 @@ from kdfast.errors import InputError
 from kdfast.losses import SoftLabelLoss
 from kdfast.ops.cka import cka, cka_matrix
 from kdfast.recipes import Recipe
+from kdfast.recipes.terms import POOLS, pool_of, pooled
 
 
 @dataclass
@@ -90,19 +91,17 @@ def embed(
 ) -> torch.Tensor:
     """[n, D] fp32 on the CPU: the last hidden state of every row, mean over its tokens.
 
-    pool: "mean", or "cls" for the first token's; InputError for another. The others as in
-    `predict`.
+    pool: "mean", "cls" for the first token's, "last" for the last one's, or "auto" for what a head
+    on this model would read; InputError for another. The others as in `predict`.
     """
-    if pool not in ("mean", "cls"):
-        raise InputError(f"pool must be mean or cls, was {pool!r}")
+    if pool not in POOLS:
+        raise InputError(f"pool must be one of {', '.join(POOLS)}, was {pool!r}")
+    pool = pool_of(model_shape(model), pool)
     states: list[torch.Tensor] = [torch.empty(0)] * len(dataset)
     for places, _, inputs in _batches(model, dataset, collator, batch_size, role, progress):
         last = model.base_model(**inputs, return_dict=True)[0].float()
-        mask = inputs.get("attention_mask", torch.ones(last.shape[:2], device=last.device))
-        pooled = (
-            last[:, 0] if pool == "cls" else (last * mask[..., None]).sum(1) / mask.sum(1)[:, None]
-        )
-        for place, state in zip(places, pooled.cpu(), strict=True):
+        (rows,) = pooled([last], inputs.get("attention_mask"), pool)
+        for place, state in zip(places, rows.cpu(), strict=True):
             states[place] = state
     return torch.stack(states)
 

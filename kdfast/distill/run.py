@@ -50,7 +50,7 @@ from kdfast.distill.run_directory import (
     say,
     write_text,
 )
-from kdfast.distill.scoring import Scoring
+from kdfast.distill.scoring import Scoring, embedding_pool
 from kdfast.distill.student import (
     Job,
     Setup,
@@ -65,7 +65,7 @@ from kdfast.distill.student import (
     try_one_step,
 )
 from kdfast.distill.trained_on import TrainedOn, trained_on
-from kdfast.distill.trainer import DistillationTrainer
+from kdfast.distill.trainer import DistillationTrainer, saved_recipe
 from kdfast.errors import InputError, nearest
 from kdfast.recipes.terms import check_relevance
 
@@ -145,15 +145,16 @@ def start(
     task: str | None = config.data.task  # type: ignore[attr-defined]
     tfidf = _tfidf(Scoring(splits, task)) if bags else None
     digest = _preflight(config, ways, splits)
+    pool = _pool(ways) if splits.kind == "embedding" else "mean"
     defaults = type(config)()
     claim_run_directory(
         run_dir,
-        identity(config, splits, digest, **{key: getattr(defaults, key) for key in free}),
+        identity(config, splits, digest, pool, **{key: getattr(defaults, key) for key in free}),
         overwrite=config.overwrite,
         results=results,
     )
     teacher, tokenizer = _teacher(config, splits)
-    job = Job(config, run_dir, _as_teacher_numbers(splits, teacher), teacher, tokenizer)
+    job = Job(config, run_dir, _as_teacher_numbers(splits, teacher), teacher, tokenizer, pool)
     say(f"teacher: {model_shape(teacher).describe()}, {parameter_count(teacher):,} parameters")
     shown: list[StudentConfig] = []
     for way in ways:
@@ -173,6 +174,18 @@ def _note_seen(config: DistillConfig | CompareConfig, splits: Splits) -> None:
         rows = getattr(splits, part)
         if record is not None and (seen := record.seen(rows)):
             say(f"data: the teacher was trained on {seen} of the {len(rows)} {part} rows")
+
+
+def _pool(ways: Sequence[Way]) -> str:
+    """How embeddings are pooled that are compared with one another."""
+    tried = [trial for way in ways for trial in way.trials or (way,)]
+    pools = {pool for way in tried if (pool := embedding_pool(way.recipe, way.options))}
+    if len(pools) == 1:
+        return pools.pop()
+    if pools:
+        named = ", ".join(sorted(pools))
+        say(f"embeddings: scored as means over tokens, as the ways pool them differently ({named})")
+    return "mean"
 
 
 def teacher_predictions(job: Job, part: str) -> Predictions:
@@ -269,7 +282,10 @@ def evaluate(model_name: str, config: EvaluateConfig) -> dict[str, float]:
             f"data: the model was trained on {seen} of these {len(rows)} rows, so its scores say "
             "little of other sentences"
         )
-    scoring = Scoring(splits, data.task)
+    pool = None
+    if splits.kind == "embedding":
+        pool = embedding_pool(*saved_recipe(model_name))
+    scoring = Scoring(splits, data.task, pool or "mean")
 
     def predictions(whose: PreTrainedModel, name: str) -> Predictions:
         tokenizer = load_tokenizer(name, trust_remote_code=remote)

@@ -74,13 +74,16 @@ def claim_run_directory(run_dir: Path, identity: str, *, overwrite: bool, result
     write_text(run_dir / IDENTITY_FILE, identity)
 
 
-def identity(config: Any, splits: Splits, teacher: str, **free: Any) -> str:
+def identity(config: Any, splits: Splits, teacher: str, pool: str, **free: Any) -> str:
     """The configuration less what changes no result, and what it was found to stand for.
 
-    free: further keys that may change while the run goes on, with a value that stands for all.
+    pool: how embeddings are pooled, which all ways decide together. free: further keys that may
+    change while the run goes on, with a value that stands for all.
     """
     plain = replace(config, overwrite=False, quick_overrides={}, **free)
     made_of = f"# format {FORMAT}, data {splits.fingerprint}, teacher {teacher or 'of this run'}"
+    if pool != "mean":
+        made_of += f", pool {pool}"
     return f"{made_of}\n{dump_config(plain)}"
 
 

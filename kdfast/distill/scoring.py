@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,10 +27,11 @@ from kdfast.distill.grouped import ENTITY_F1, NDCG, bio_tags, lists
 
 @dataclass(frozen=True)
 class Scoring:
-    """task: the GLUE task, if it is one."""
+    """task: the GLUE task, if it is one. pool: of embedders, see `embed`."""
 
     splits: Splits
     task: str | None
+    pool: str = "mean"
 
     @property
     def primary(self) -> str:
@@ -73,7 +76,13 @@ class Scoring:
             if self.splits.kind == "reranking" and "query" in part.column_names:
                 found.groups = torch.tensor(part["query"])
             return found
-        states = embed(model, part, collator, role=role, progress=progress, batch_size=batch_size)
+        states = embed(
+            *(model, part, collator),
+            pool=self.pool,
+            role=role,
+            progress=progress,
+            batch_size=batch_size,
+        )
         return Predictions(states, torch.full((len(states),), NO_LABEL))
 
     def scores(self, predictions: Predictions) -> dict[str, float]:
@@ -94,6 +103,15 @@ class Scoring:
         # cka_to_teacher is that of the layers, everywhere.
         found = embedding_fidelity(student.logits, teacher.logits)
         return {"embedding_cka_to_teacher": found.pop("cka_to_teacher"), **found}
+
+
+def embedding_pool(recipe: str | None, options: Mapping[str, Any]) -> str | None:
+    """How the embeddings are pooled that a recipe trains; None of one that leaves it open."""
+    listed = options.get("losses", ()) if recipe == "custom" else [{"recipe": recipe, **options}]
+    for entry in listed:
+        if entry.get("recipe") == "embedding" or entry.get("loss") == "pooled":
+            return entry.get("pool", "mean")
+    return None
 
 
 def _ranked(part: Dataset) -> bool:

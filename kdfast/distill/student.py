@@ -70,6 +70,7 @@ class Setup:
     collator: DistillationCollator
     shared_tokens: bool
     task: str | None
+    pool: str
     cka_sentences: int
     train: Dataset
     dev: Dataset
@@ -112,7 +113,7 @@ class Setup:
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring(self.splits, self.task)
+        return Scoring(self.splits, self.task, self.pool)
 
     def predict(self, model: PreTrainedModel, part: Dataset, **kwargs: Any) -> Predictions:
         return self.scoring.predict(model, part, self.collator, **kwargs)
@@ -164,6 +165,7 @@ def make_setup(
     teacher_tokenizer: PreTrainedTokenizerBase,
     *,
     data: Any,
+    pool: str,
     cka_sentences: int,
     trust_remote_code: bool,
 ) -> Setup:
@@ -192,6 +194,7 @@ def make_setup(
         collator=DistillationCollator(tokenizer, extra, data.pad_to),
         shared_tokens=shared,
         task=data.task,
+        pool=pool,
         cka_sentences=cka_sentences,
         train=tokenized(splits.student_train),
         dev=tokenized(splits.dev),
@@ -204,7 +207,7 @@ def make_setup(
 class Job:
     """A run's teacher and data, and the set-ups of the students distilled from it.
 
-    announced: the ways whose table of losses was printed.
+    pool: of embedders, see `embed`. announced: the ways whose table of losses was printed.
     """
 
     config: Any
@@ -212,6 +215,7 @@ class Job:
     splits: Splits
     teacher: PreTrainedModel
     teacher_tokenizer: PreTrainedTokenizerBase
+    pool: str = "mean"
     setups: dict[str, Setup] = field(default_factory=dict)
     announced: set[str] = field(default_factory=set)
 
@@ -224,6 +228,7 @@ class Job:
                 self.teacher,
                 self.teacher_tokenizer,
                 data=self.config.data,
+                pool=self.pool,
                 cka_sentences=self.config.cka_sentences,
                 trust_remote_code=self.config.trust_remote_code,
             )

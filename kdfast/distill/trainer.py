@@ -22,7 +22,7 @@ from typing import Any
 
 import datasets
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -892,6 +892,19 @@ class _Clockwork(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.after_step(state.global_step)
+
+
+def saved_recipe(folder: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any]]:
+    """Name and options of the recipe that trained a saved student; (None, {}) of other models."""
+    file = Path(folder).expanduser() / STATE_FILE
+    if not file.is_file():
+        return None, {}
+    try:
+        with safe_open(file, "pt") as state:
+            kept = state.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
+    return kept.get("recipe"), json.loads(kept.get("options") or "{}")
 
 
 def last_whole_checkpoint(directory: str | Path) -> str | None:

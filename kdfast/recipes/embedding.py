@@ -55,7 +55,9 @@ def embedding(
     """Cosine of pooled states + attention-map KL + token cosine on mapped layers; needs no labels.
 
     Args:
-        pool: "mean" over valid tokens (most sentence embedders), "cls", or "auto".
+        pool: "mean" over valid tokens (most sentence embedders), "cls", "last", or "auto" (what a
+            head on the model would read). Students are scored by embeddings pooled so, or by the
+            mean where the ways of a run differ in it.
         layer_map, relation_heads, match_heads: as in `internal`.
     """
     pairs = resolve_layer_map(layer_map, student, teacher)

@@ -21,6 +21,7 @@ from kdfast.distill.fidelity import (
     predict,
     scores,
 )
+from kdfast.distill.scoring import embedding_pool
 from kdfast.errors import InputError
 from kdfast.recipes.recipe import Recipe
 
@@ -49,6 +50,32 @@ def test_embeddings_are_the_mean_over_tokens_in_the_order_of_the_data(tiny_bert,
             states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
         torch.testing.assert_close(found[i], states.mean(0), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(first[i], states[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_pool_that_nobody_knows_is_named(tiny_bert, tokenizer, texts):
+    tokens = tokenize(texts, tokenizer, 32)
+    with pytest.raises(InputError, match="pool must be one of auto, cls, mean, last, was 'max'"):
+        embed(
+            AutoModel.from_pretrained(tiny_bert),
+            tokens,
+            DistillationCollator(tokenizer),
+            pool="max",
+        )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "pool"),
+    [
+        ("embedding", {}, "mean"),
+        ("embedding", {"pool": "cls"}, "cls"),
+        ("rkd", {"pool": "cls"}, None),
+        (None, {}, None),
+        ("custom", {"losses": [{"loss": "cosine"}, {"loss": "pooled", "pool": "last"}]}, "last"),
+        ("custom", {"losses": [{"recipe": "embedding"}]}, "mean"),
+    ],
+)
+def test_a_recipe_says_how_its_embeddings_are_pooled(recipe, options, pool):
+    assert embedding_pool(recipe, options) == pool
 
 
 def test_a_classifiers_embeddings_are_those_of_its_encoder(tiny_bert, tokenizer, texts):

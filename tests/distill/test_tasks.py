@@ -13,8 +13,10 @@ from kdfast import DistillationArguments, DistillationTrainer
 from kdfast.cli import main
 from kdfast.distill.capture import model_shape
 from kdfast.distill.config import DistillConfig, read_config
-from kdfast.distill.data import DistillationCollator, tokenize
+from kdfast.distill.data import DataConfig, DistillationCollator, load_data, tokenize
+from kdfast.distill.fidelity import embed
 from kdfast.distill.models import cut_student, load_model
+from kdfast.distill.run_directory import IDENTITY_FILE
 from kdfast.distill.trainer import STATE_FILE
 
 
@@ -177,6 +179,36 @@ def test_embedders_are_distilled_without_labels_or_heads(run, tiny_bert, tmp_pat
     assert "accuracy" not in record and "CKA to teacher (embedding)" in out
     assert results["comparison"]["differences"]["embedding"]["cosine_to_teacher"]
     AutoModel.from_pretrained(run_dir / "students" / "embedding" / "seed-0")
+
+
+def test_embeddings_are_scored_as_their_recipe_pools_them_then_and_later(
+    run, tiny_bert, tmp_path, csv_file, capsys
+):
+    folder = tmp_path / "embedder"
+    BertModel.from_pretrained(tiny_bert).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    data = [f"data.path={csv_file}", "data.kind=embedding", f"teacher={folder}"]
+    results, _, run_dir = run(
+        *data, "student.base=teacher", "recipe={name: embedding, pool: cls}", "baselines=[]"
+    )
+    student = run_dir / "students" / "embedding" / "seed-0"
+    texts = load_data(DataConfig(**yaml.safe_load((run_dir / IDENTITY_FILE).read_text())["data"]))
+    states = []
+    for model in (student, folder):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokens = tokenize(texts.test, tokenizer, 32)
+        states.append(
+            embed(
+                load_model(model, "embedding"), tokens, DistillationCollator(tokenizer), pool="cls"
+            )
+        )
+    expected = torch.cosine_similarity(*states).mean()
+    assert results["students"][0]["cosine_to_teacher"] == pytest.approx(float(expected), rel=1e-4)
+    assert main(["evaluate", str(student), *data[2:]]) == 0
+    assert (
+        f"cosine to teacher {results['students'][0]['cosine_to_teacher']:.4g}"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_reranker_has_one_output_and_is_scored_by_correlation(run, tmp_path, make_sentences):
