@@ -140,9 +140,12 @@ def fsd(
     searches 0.2 to 0.7), and temperature 2 (the paper: 5 to 20).
 
     Args:
-        layer_map: "penultimate" (the paper: student layer S − 1 from teacher layer T − 1; the only
-            layer of a one-layer student), or as in kdfast.recipes.layer_map: its layer-wise mode,
-            mean over pairs, one memory a pair.
+        layer_map: of L_I, L_L and L_G alike; for a layer each take recipe "custom". "penultimate"
+            (the paper, and its code for all three: student layer S − 1 from teacher layer T − 1;
+            the only layer of a one-layer student), or as in kdfast.recipes.layer_map, mean over
+            pairs, one memory a pair. The code's layer-wise mode is "skip" (12 → 6: 2, 4, ..., 10)
+            for L_I and L_L, its L_G stays with the penultimate layer; its script for L_L alone
+            takes the last one.
         estimator, form: of L_I and L_L, see kdfast.losses.CKALoss. The paper's are "biased" and
             "neg_log", the mean over samples of the logarithms; its code has the logarithm of the
             mean in L_I, "neg_log_of_mean".
@@ -154,6 +157,8 @@ def fsd(
             goes from 1e-7 to 1 and ends near 1e-6 to 1e-2 on most tasks; squared differences of
             distances between long vectors dwarf those of cosines.
         memory_init: of the student's memory, "normal" (the paper) or "teacher" (equal widths).
+        temperature: τ. Soft labels are multiplied by τ², as in the paper's code and not in its
+            Eq. 1: the size of their gradient then does not depend on τ.
         max_length: tokens of the longest batch, padding and all: the memories' width. Known to the
             trainer where the data set is held whole.
     """

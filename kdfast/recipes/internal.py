@@ -49,7 +49,9 @@ def internal(
     """Attention-map KL + [CLS] (or token) cosine on mapped layers + soft labels.
 
     The paper leaves open how its losses' heads are reduced and what their weights are; here: mean
-    over heads, weights 1 and 1 (what its re-implementation does).
+    over heads, weights 1 and 1 (what its re-implementation does). Nor does it say on which side of
+    attention dropout a map is taken; here before it, as the re-implementation does: both models'
+    maps are those of their queries and keys, and none is blurred by what was drawn in one step.
 
     Args:
         schedule: "simultaneous", all layers and the outputs at once; "progressive" (PID), one layer
