@@ -10,14 +10,16 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from kdfast import DistillationArguments, DistillationTrainer
+from kdfast.captured import ModelShape
 from kdfast.cli import main
 from kdfast.distill.capture import model_shape
 from kdfast.distill.config import DistillConfig, read_config
 from kdfast.distill.data import DataConfig, DistillationCollator, load_data, tokenize
 from kdfast.distill.fidelity import embed
-from kdfast.distill.models import cut_student, load_model
+from kdfast.distill.models import cut_student, layer_indices, load_model
 from kdfast.distill.run_directory import IDENTITY_FILE
 from kdfast.distill.trainer import STATE_FILE
+from kdfast.recipes.layer_map import layer_map
 
 
 @pytest.fixture
@@ -282,6 +284,9 @@ def test_words_are_tagged_and_scored_one_by_one_or_as_entities(
 def test_shipped_glue_configurations_name_the_papers_models():
     teachers = {n: read_config(DistillConfig, f"glue_{n}") for n in ("bert4", "distilroberta")}
     assert teachers["bert4"].teacher_base == "google-bert/bert-base-uncased"
+    kept = [i + 1 for i in layer_indices(teachers["bert4"].student.layers, 12)]
+    shapes = (ModelShape(layers=layers, width=8, heads=2, classes=2) for layers in (4, 12))
+    assert kept == [j for _, j in layer_map("uniform", *shapes)]
     assert teachers["distilroberta"].student.base == "distilbert/distilroberta-base"
     for name, kind in (("bilstm", "bilstm"), ("cnn", "gated_cnn")):
         config = read_config(DistillConfig, f"glue_{name}", ["data.task=rte"])
