@@ -148,6 +148,39 @@ def test_the_papers_glue_configuration_runs_on_a_folder_of_the_layout(
     assert results["primary"] == "spearman" and len(results["students"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("config", "teacher_layers", "layers", "change"),
+    [
+        pytest.param("bert4", 12, 4, "student.base=teacher", marks=pytest.mark.slow),
+        ("distilroberta", 8, 6, "student.base={narrow}"),
+        ("bilstm", 4, 2, "student.width=16"),
+        ("cnn", 4, 4, "student.width=16"),
+    ],
+)
+def test_the_other_glue_configurations_run_on_a_folder_of_the_layout(
+    config, teacher_layers, layers, change, tmp_path, make_sentences, make_tiny_bert, capsys
+):
+    parts = {"train": 40, "validation": 20}
+    folder = glue_folder(tmp_path / "mrpc", make_sentences, labels=[0, 1, 1], parts=parts)
+    teacher = make_tiny_bert(tmp_path / "teacher", layers=teacher_layers)
+    narrow = make_tiny_bert(tmp_path / "narrow", layers=6, width=16)
+    status = main(
+        [
+            *("distill", f"glue_{config}", f"data.path={folder}", "data.task=mrpc", "quick=true"),
+            *("data.teacher_train=24", "data.student_train=24", "data.max_length=32"),
+            *(f"teacher_base={teacher}", change.format(narrow=narrow)),
+            *("training.batch_size=8", "cka_sentences=8"),
+            *(f"teacher_dir={tmp_path / 't'}", f"output_dir={tmp_path / 'r'}"),
+        ]
+    )
+    assert status == 0, capsys.readouterr().err
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert results["primary"] == "f1"
+    universal = next(r for r in results["students"] if r["way"] == "universal")
+    assert universal["steps"] == 3 and len(universal["cka_after"]) == layers + 1
+    assert len(results["students"]) == len(read_config(DistillConfig, f"glue_{config}").ways())
+
+
 @pytest.mark.slow
 def test_padding_counts_where_all_batches_are_padded_to_max_length(run):
     results, _, run_dir = run(
