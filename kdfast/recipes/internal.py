@@ -120,7 +120,8 @@ def internal(
         if not any(terms[name].weight.maximum > 0 for name in outputs):
             raise ValueError(
                 f"schedule '{schedule}' trains the outputs last: give soft_label_weight or "
-                "label_weight a value above 0"
+                "label_weight a value above 0, or, of models without a head, take recipe 'custom' "
+                "and list the layers' stages"
             )
         until = None
         if cosine_threshold is not None:

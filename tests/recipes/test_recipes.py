@@ -589,6 +589,17 @@ def test_rows_without_a_label_are_left_out_of_the_fit(captured):
         torch.testing.assert_close(one, two)
 
 
+def test_models_without_a_head_learn_layer_by_layer_from_stages_of_their_own(captured):
+    student, teacher = (dataclasses.replace(s, classes=None) for s in (STUDENT, TEACHER))
+    with pytest.raises(InputError, match="without a head, take recipe 'custom' and list .* stages"):
+        build_recipe("internal", student, teacher, schedule="stacked", soft_label_weight=0.0)
+    stages = [{"name": "lower", "layers": [1]}, {"name": "both", "layers": [1, 2]}]
+    losses = [{"loss": "attention_kl"}, {"loss": "cosine"}]
+    recipe = build_recipe("custom", student, teacher, losses=losses, stages=stages)
+    assert [stage.layers for stage in recipe.stages] == [(1,), (1, 2)]
+    assert recipe.needs(0)[0].hidden_states == {1}
+
+
 def test_terms_of_weight_zero_are_neither_computed_nor_captured_for():
     recipe = build_recipe("internal", STUDENT, TEACHER, attention_weight=0.0)
     assert "attention_kl" not in recipe.terms
