@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed
+
+# Of each default group, the one whose processes tell each other sizes without their devices.
+_HOSTS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def gather_batch(x: torch.Tensor) -> torch.Tensor:
@@ -22,12 +27,21 @@ def gather_batch(x: torch.Tensor) -> torch.Tensor:
     Returns:
         [Σ B, ...], dim 1 the longest; x itself without torch.distributed or on a single rank.
 
-    Every rank of the default group must call it, as often and in the same order.
+    Every rank of the default group must call it, as often and in the same order. Sizes are told
+    from host to host (by gloo, beside nccl), so that none waits for its device.
     """
+    return gather_batches([x])[0]
+
+
+def gather_batches(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """gather_batch of each, as many on every rank; sizes are told once for all of them."""
     if alone():
-        return x
-    gathered: torch.Tensor = _Gather.apply(x)
-    return gathered
+        return list(tensors)
+    sizes = torch.tensor([_size(x) for x in tensors])
+    of_ranks = [torch.empty_like(sizes) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(of_ranks, sizes, group=_hosts())
+    shapes = torch.stack(of_ranks, dim=1).tolist()
+    return [_Gather.apply(x, of_x) for x, of_x in zip(tensors, shapes, strict=True)]
 
 
 def alone() -> bool:
@@ -37,32 +51,44 @@ def alone() -> bool:
 
 
 class _Gather(torch.autograd.Function):
+    """shapes: [B, N] of each rank's x; N = 1 where it has none."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ranks = distributed.get_world_size()
-        sizes = _all_gather(torch.tensor(x.shape[:2], device=x.device))
-        shapes = torch.stack(sizes).tolist()
+    def forward(ctx: Any, x: torch.Tensor, shapes: list[list[int]]) -> torch.Tensor:
+        rows = [size for size, _ in shapes]
+        own = _size(x)
         longest = [max(column) for column in zip(*shapes, strict=True)]
-        # Not every backend moves booleans.
-        padded = x.new_zeros(*longest, *x.shape[2:], dtype=_moved(x.dtype))
-        padded[tuple(slice(size) for size in x.shape[:2])] = x
-        rows = [shape[0] for shape in shapes]
         first = sum(rows[: distributed.get_rank()])
         ctx.own = (slice(first, first + len(x)), *(slice(size) for size in x.shape[1:2]))
-        ctx.ranks = ranks
-        parts = _all_gather(padded)
-        return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)]).to(x.dtype)
+        ctx.ranks = len(shapes)
+        # Not every backend moves booleans.
+        moved = x.contiguous().view(torch.uint8) if x.dtype == torch.bool else x.contiguous()
+        if own != longest:
+            padded = moved.new_zeros(*longest[: x.dim()], *x.shape[2:])
+            padded[tuple(slice(size) for size in x.shape[:2])] = moved
+            moved = padded
+        gathered = moved.new_empty(ctx.ranks * longest[0], *moved.shape[1:])
+        # Its older name warns that it will go.
+        gather = getattr(distributed, "all_gather_single", None)
+        (gather or distributed.all_gather_into_tensor)(gathered, moved)
+        if min(rows) < longest[0]:
+            parts = gathered.split(longest[0])
+            gathered = torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
+        return gathered.view(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad[ctx.own] * ctx.ranks
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad[ctx.own] * ctx.ranks, None
 
 
-def _all_gather(x: torch.Tensor) -> list[torch.Tensor]:
-    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, x)
-    return parts
+def _size(x: torch.Tensor) -> list[int]:
+    return [len(x), x.shape[1] if x.dim() > 1 else 1]
 
 
-def _moved(dtype: torch.dtype) -> torch.dtype:
-    return torch.uint8 if dtype == torch.bool else dtype
+def _hosts() -> Any:
+    """The default group where gloo moves its tensors of the CPU, else one of gloo, made once."""
+    default = distributed.group.WORLD
+    if default not in _HOSTS:
+        by_gloo = "cpu:gloo" in distributed.get_backend_config(default)
+        _HOSTS[default] = default if by_gloo else distributed.new_group(backend="gloo")
+    return _HOSTS[default]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdfast.losses.distances import root, squared_distances
-from kdfast.losses.distributed import gather_batch
+from kdfast.losses.distributed import gather_batches
 from kdfast.losses.layers import LAYER_REDUCTIONS, Layers, as_pairs, choose, over_layers, statistics
 from kdfast.ops import arguments
 
@@ -29,7 +29,7 @@ class RKDLoss(nn.Module):
     in the authors' code. Fewer than 2 samples have no distance, fewer than 3 no angle: 0.
 
     unit: "samples". couples_samples: True; under torch.distributed it sees the batch of all ranks
-    (gather_batch), so that every rank must call it.
+    (see gather_batch), so that every rank must call it.
 
     Memory: distances come from B × B inner products; angles are B³ numbers, some eight tensors of
     them while training (B = 128: 64 MiB in fp32, B = 320: 1 GiB). angle_weight=0 leaves them out.
@@ -65,7 +65,8 @@ class RKDLoss(nn.Module):
                     f"student states {list(student.shape)} and teacher states "
                     f"{list(teacher.shape)} should be [B, D_s] and [B, D_t] of the same samples"
                 )
-            student, teacher = (statistics(gather_batch(x)) for x in (student, teacher.detach()))
+            gathered = gather_batches((student, teacher.detach()))
+            student, teacher = (statistics(x) for x in gathered)
             # Under autocast distances would be of half-precision products.
             with torch.autocast(student.device.type, enabled=False):
                 losses.append(self._loss(_squared(student), _squared(teacher)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kdfast.losses.distributed import alone, gather_batch
+from kdfast.losses.distributed import alone, gather_batch, gather_batches
 from kdfast.losses.layers import (
     LAYER_REDUCTIONS,
     PADDINGS,
@@ -146,7 +146,8 @@ class CKALoss(nn.Module):
         if mask is not None:
             padded = ~mask.bool()[..., None]
             sides = [[x.masked_fill(padded, 0) for x in side] for side in sides]
-        return [[gather_batch(x).flatten(1) for x in side] for side in sides]
+        gathered = [x.flatten(1) for x in gather_batches([x for side in sides for x in side])]
+        return [gathered[: len(sides[0])], gathered[len(sides[0]) :]]
 
     def _all_tokens(
         self, sides: list[list[torch.Tensor]], mask: torch.Tensor | None
@@ -154,6 +155,9 @@ class CKALoss(nn.Module):
         """[1, ΣB·N, D] of each layer and the mask [1, ΣB·N]."""
         if mask is None and not alone():  # batches of other ranks may be longer
             mask = sides[0][0].new_ones(sides[0][0].shape[:2], dtype=torch.bool)
+        tensors = [x for side in sides for x in side]
         if mask is not None:
-            mask = gather_batch(mask.bool()).flatten()[None]
-        return [[gather_batch(x).flatten(0, 1)[None] for x in side] for side in sides], mask
+            mask, *tensors = gather_batches([mask.bool(), *tensors])
+            mask = mask.flatten()[None]
+        tokens = [x.flatten(0, 1)[None] for x in tensors]
+        return [tokens[: len(sides[0])], tokens[len(sides[0]) :]], mask

@@ -61,6 +61,7 @@ SHARED = """
 RANK = """
     import sys
     from datetime import timedelta
+    import kdfast.losses.distributed
     from torch import distributed
 
     rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -81,6 +82,24 @@ RANK = """
         "vector": gather_batch(lengths[rows]),
         "no rows": gather_batch(states[0][: 2 * rank, :longest]),
     }
+    found["gathered"]["alike"] = gather_batch(states[0][first])
+    found["gathered"]["alike bool"] = gather_batch(mask[first].bool())
+    told = []
+    tell = distributed.all_gather
+
+    def counted(*args, group=None):
+        told.append(group is distributed.group.WORLD)
+        tell(*args, group=group)
+
+    distributed.all_gather = counted
+    layers = [[x[rows, :longest]] * 3 for x in states]
+    CKALoss("samples", form="neg_log")(*layers, mask[rows, :longest])
+    # As beside nccl, which is not of this machine.
+    distributed.get_backend_config = lambda group: "cuda:nccl"
+    kdfast.losses.distributed._HOSTS.clear()
+    for _ in range(2):
+        found["gathered"]["beside"] = gather_batch(states[0][rows, :longest])
+    found["told"] = told
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
@@ -146,6 +165,14 @@ def test_gathered_rows_are_those_of_all_ranks_extended_to_the_longest(ranks, one
         torch.testing.assert_close(gathered["bool"], mask.bool())
         torch.testing.assert_close(gathered["vector"], one["lengths"])
         torch.testing.assert_close(gathered["no rows"], states[:2])
+        torch.testing.assert_close(gathered["alike"], states[[0, 3]])
+        torch.testing.assert_close(gathered["alike bool"], mask[[0, 3]].bool())
+        torch.testing.assert_close(gathered["beside"], states)
+
+
+def test_sizes_are_told_once_for_all_layers_and_from_host_to_host(ranks):
+    for rank in ranks:
+        assert rank["told"] == [True, False, False]
 
 
 def test_a_single_process_gathers_nothing():
