@@ -19,14 +19,16 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import numpy as np
 import torch
+import transformers
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -44,9 +46,11 @@ FORMAT = 1
 # how that is spread out.
 BATCH_TOKENS = 8192
 CHUNK = 4 << 20  # bytes under one checksum
-# Of what a recipe reads; of more bytes only some chunks are looked at, beside the sizes.
-VERIFIED_BYTES = 1 << 30
+# Of each file, by processes that another one of their machine has looked at all of them for.
 LOOKED_AT = 64
+THREADS = 4
+# Of more bytes a bar shows how far the check is.
+BAR_BYTES = 4 << 30
 # Half precision moves the states of a six-layer BERT by 0.005 of them, padding on its left by 0.3.
 PADDING_TOLERANCE = 0.03
 
@@ -166,6 +170,11 @@ class TeacherInputs:
         digest = data_digest(read_rows())
         return cls(digest, np.array(widths), np.array(lengths), checksums)
 
+    @property
+    def shortest(self) -> int:
+        """The number of the shortest row, the first of them."""
+        return int(self.widths.argmin())
+
 
 @dataclass(frozen=True)
 class _Item:
@@ -210,8 +219,10 @@ class TeacherCache:
     Args:
         directory: made if it is not there. Runs, processes and recipes may share it.
         teacher: frozen; its weights and configuration are part of the folder's name, as are
-        inputs: what it reads, and
-        precision: of its forward, as text.
+        inputs: what it reads,
+        collated: what the collator makes of the shortest row for it, see `shortest`, and
+        precision: of its forward, as text. So is the release of transformers, as another forward
+        may give other values.
 
     `fill` makes what is missing, `read` gives a batch.
     """
@@ -221,13 +232,16 @@ class TeacherCache:
         directory: str | os.PathLike[str],
         teacher: PreTrainedModel,
         inputs: TeacherInputs,
+        collated: Mapping[str, Any],
         precision: str,
     ) -> None:
         config = teacher.config.to_dict()
         for name in ("_name_or_path", "transformers_version"):
             config.pop(name, None)
         weights = type(teacher).__name__, model_digest(teacher)
-        self.key = _hash([FORMAT, *weights, config, inputs.digest, precision])
+        release = transformers.__version__.split(".")[:2]
+        made = _unpadded(collated)
+        self.key = _hash([FORMAT, *weights, config, inputs.digest, made, precision, release])
         self.folder = Path(directory).expanduser() / f"teacher-{self.key}"
         self.inputs = inputs
         # Longest first, so that what does not fit in memory shows at once.
@@ -261,10 +275,17 @@ class TeacherCache:
             raise InputError(
                 f"teacher_cache must be a folder that can be written, {self.folder} cannot: {error}"
             ) from error
-        with _alone(self.folder / "lock"):
-            missing = self._missing(names)
+        with _alone(self.folder / "lock") as lock:
+            # Who looked at all of it last: processes that were started together need not do it
+            # again, but for the first of them, which cannot know whether that was long ago.
+            note = f"{os.getppid()} {' '.join(names)}"
+            together = int(os.environ.get("LOCAL_RANK", 0)) > 0 and lock.read() == note
+            missing = self._missing(names, whole=not together, progress=progress)
             if missing:
                 self._make(missing, run, progress)
+            lock.seek(0)
+            lock.truncate()
+            lock.write(note)
         self._mapped.clear()
         self._items = {name: self._open(name) for name in names}
         size = _size(sum(item.bytes for item, _ in self._items.values()))
@@ -314,7 +335,7 @@ class TeacherCache:
         if item.per == "row":
             batch = values[torch.from_numpy(self.rank[numbers])]
             return (batch.pin_memory() if pinned else batch).to(device, non_blocking=True)
-        batch = torch.zeros(
+        batch = torch.empty(
             *rows.mask.shape, *item.shape[1:], dtype=values.dtype, pin_memory=pinned
         )
         for place, valid, number in zip(batch, rows.mask, numbers, strict=True):
@@ -322,9 +343,11 @@ class TeacherCache:
             first = int(valid.argmax())
             own = values[start : start + length]
             if valid[first : first + length].all():
+                place[:first].zero_()
                 place[first : first + length] = own
+                place[first + length :].zero_()
             else:  # padding between the tokens
-                place[torch.from_numpy(valid)] = own
+                place.zero_()[torch.from_numpy(valid)] = own
         return batch.to(device, non_blocking=True)
 
     # Files
@@ -332,24 +355,32 @@ class TeacherCache:
     def _files(self, name: str) -> tuple[Path, Path]:
         return self.folder / f"{name}.bin", self.folder / f"{name}.json"
 
-    def _missing(self, names: Sequence[str]) -> list[str]:
+    def _missing(self, names: Sequence[str], *, whole: bool, progress: bool) -> list[str]:
         """The items that are not there whole; damaged ones are named and deleted."""
         sizes = [path.stat().st_size for path, _ in map(self._files, names) if path.is_file()]
-        few = sum(sizes) > VERIFIED_BYTES
+        shown = progress and whole and sum(sizes) > BAR_BYTES
         missing = []
-        for name in names:
-            path, about = self._files(name)
-            if not about.is_file():
-                missing.append(name)
-            elif fault := self._fault(name, few):
-                say(f"teacher cache: {fault} in {self.folder}: made again")
-                missing.append(name)
+        with tqdm(
+            desc="  checking the teacher cache",
+            total=sum(sizes),
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=not shown,
+        ) as bar:
+            for name in names:
+                path, about = self._files(name)
+                if not about.is_file():
+                    missing.append(name)
+                elif fault := self._fault(name, whole, bar):
+                    say(f"teacher cache: {fault} in {self.folder}: made again")
+                    missing.append(name)
         for name in missing:
             for file in self._files(name):
                 file.unlink(missing_ok=True)
         return missing
 
-    def _fault(self, name: str, few: bool) -> str | None:
+    def _fault(self, name: str, whole: bool, bar: tqdm) -> str | None:
         path, about = self._files(name)
         try:
             item = _Item.read(about, self.key, name)
@@ -360,8 +391,9 @@ class TeacherCache:
         if path.stat().st_size != item.bytes:
             return f"{path.name} has {path.stat().st_size:,} bytes, not {item.bytes:,}"
         chunks = len(item.checksums)
-        which = np.linspace(0, chunks - 1, min(chunks, LOOKED_AT if few else chunks), dtype=int)
+        which = np.linspace(0, chunks - 1, chunks if whole else min(chunks, LOOKED_AT), dtype=int)
         for chunk, checksum in zip(which, _checksums(path, which), strict=True):
+            bar.update(min(CHUNK, item.bytes - int(chunk) * CHUNK))
             if checksum != item.checksums[chunk]:
                 return f"{path.name} was altered"
         return None
@@ -502,11 +534,12 @@ def _check_padding(
     """InputError where the teacher sees the first row of both differently when it is padded: what
     is kept would not be what it gives in another batch."""
     for one, other in zip(*(_of_first(names, *side) for side in (alone, padded)), strict=True):
-        if (one - other).float().norm() > PADDING_TOLERANCE * one.float().norm():
+        # Of what is not a number, no comparison holds.
+        if not (one - other).float().norm() <= PADDING_TOLERANCE * one.float().norm():
             raise InputError(
                 "teacher_cache keeps what the teacher says of a text, and this teacher says "
                 "something else where the text is padded further (padding on the left, with "
-                "positions counted from there?): pad on the right (tokenizer.padding_side) or all "
+                "positions counted from there? values that are not finite?): pad on the right (tokenizer.padding_side) or all "
                 "rows alike, or leave teacher_cache out"
             )
 
@@ -527,13 +560,24 @@ def _of_first(
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Only one process of this machine at a time; a killed one lets go."""
+def _alone(path: Path) -> Iterator[IO[str]]:
+    """Only one process of this machine at a time; a killed one lets go. Gives the file."""
     import fcntl  # not on Windows, where the rest of the trainer works
 
-    with open(path, "w") as file:
+    with open(path, "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file
+
+
+def _unpadded(collated: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What stands at the tokens of one collated row, however far it is padded."""
+    ids = np.asarray(collated["input_ids"])
+    mask = np.asarray(collated.get("attention_mask", np.ones_like(ids))) != 0
+    values = {name: np.asarray(value) for name, value in collated.items()}
+    return {
+        name: [str(value.dtype), (value[mask] if value.shape == mask.shape else value).tolist()]
+        for name, value in values.items()
+    }
 
 
 def _names(needs: Needs) -> list[str]:
@@ -607,10 +651,11 @@ def _checksum(ids: np.ndarray) -> int:
 
 
 def _checksums(path: Path, chunks: Iterable[int]) -> Iterator[int]:
-    with open(path, "rb") as file:
-        for chunk in chunks:
-            file.seek(int(chunk) * CHUNK)
-            yield zlib.crc32(file.read(CHUNK))
+    # Neither reading nor crc32 holds Python's lock.
+    with open(path, "rb") as file, ThreadPoolExecutor(THREADS) as threads:
+        yield from threads.map(
+            lambda chunk: zlib.crc32(os.pread(file.fileno(), CHUNK, int(chunk) * CHUNK)), chunks
+        )
 
 
 def _hash(value: Any) -> str:

@@ -74,8 +74,8 @@ class DistillationArguments(TrainingArguments):
     are kept for other runs on the same teacher and data; None fits them every time.
     teacher_cache: a folder for all that the recipe reads of the teacher on the training data, so
     that the teacher runs over it once, before the first step, and not at all in later runs; it
-    waits on the CPU while the student trains. None runs it in every step. Files of a cache beyond
-    1 GiB are checked in 64 places each, smaller ones whole, before they are used.
+    waits on the CPU while the student trains. None runs it in every step. Its files are checked
+    whole before they are used, by the first process of each machine.
     cuda_graphs: record the teacher's forward pass, and the losses with their gradients, once for
     each set of shapes (up to 32 a stage; full batches apart from padded ones), and replay them: for
     small batches on an NVIDIA GPU, which wait for launches. A set of shapes keeps what the losses
@@ -463,14 +463,12 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def _run_teacher(self, inputs: dict[str, Any], needs: Needs) -> Captured:
         # no_grad, not inference_mode: the losses save the teacher's tensors for backward.
-        # A teacher of another family may not know every input of the student's (token_type_ids).
-        known = self._teacher_columns()
         # A half-precision teacher keeps its own dtype; an fp32 one shares the student's autocast.
         assert self.teacher is not None and self._teacher_capture is not None
         mixed = self.teacher.dtype == torch.float32
         with self.accelerator.autocast() if mixed else contextlib.nullcontext():
             _, captured = self._teacher_capture(
-                {k: v for k, v in inputs.items() if k in known},
+                self._known_to_teacher(inputs),
                 forward=self._compiled_teacher,
                 needs=needs,
                 whole=self._compiled_teacher is not None,
@@ -481,6 +479,11 @@ class DistillationTrainer(Trainer):
     def _teacher_columns(self) -> list[str]:
         assert self.teacher is not None
         return list(inspect.signature(self.teacher.forward).parameters)
+
+    def _known_to_teacher(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        # A teacher of another family may not know every input of the student's (token_type_ids).
+        known = self._teacher_columns()
+        return {name: value for name, value in inputs.items() if name in known}
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -707,8 +710,15 @@ class DistillationTrainer(Trainer):
         assert self.teacher is not None
         inputs = TeacherInputs.of(dataset, self._teacher_columns())
         directory: Any = self.args.teacher_cache  # type: ignore[attr-defined]
-        self._cache = TeacherCache(directory, self.teacher, inputs, self._teacher_precision())
         numbered, collate = NumberedRows(dataset), RowCollator(collate, inputs)
+        shortest = collate(numbered.__getitems__([inputs.shortest]))
+        self._cache = TeacherCache(
+            directory,
+            self.teacher,
+            inputs,
+            self._known_to_teacher(self._split(shortest, training=True)[1]),
+            self._teacher_precision(),
+        )
 
         def run(numbers: list[int], needs: Needs) -> tuple[Captured, TeacherRows]:
             batch: Any = self._prepare_inputs(collate(numbered.__getitems__(numbers)))

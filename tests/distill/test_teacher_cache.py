@@ -285,17 +285,28 @@ def test_damaged_and_foreign_files_are_named_and_made_again(
     }
 
 
-def test_of_a_large_cache_some_chunks_are_looked_at(cached, tmp_path, monkeypatch, capsys):
+def test_all_is_looked_at_once_by_processes_that_start_together(
+    cached, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(teacher_cache, "CHUNK", 256)
-    monkeypatch.setattr(teacher_cache, "VERIFIED_BYTES", 1000)
-    monkeypatch.setattr(teacher_cache, "LOOKED_AT", 3)
+    monkeypatch.setattr(teacher_cache, "BAR_BYTES", 0)
+    monkeypatch.setattr(teacher_cache, "LOOKED_AT", 2)
     cached("hidden")._fill_cache()
     path = folder(tmp_path) / "hidden-4.bin"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1  # in the last chunk
-    path.write_bytes(content)
-    cached("hidden")._fill_cache()
-    assert "hidden-4.bin was altered" in capsys.readouterr().out
+
+    def notices(local_rank):
+        trainer = cached("hidden", disable_tqdm=False)
+        with monkeypatch.context() as patch:
+            patch.setenv("LOCAL_RANK", local_rank)
+            trainer._fill_cache()
+        return "hidden-4.bin was altered" in capsys.readouterr().out
+
+    flip(path)  # in the middle
+    assert not notices("1")
+    monkeypatch.setattr(teacher_cache.os, "getppid", lambda: 0)  # of another start
+    assert notices("1")
+    flip(path)
+    assert notices("0") and not notices("0")
 
 
 def test_a_pass_that_is_cut_off_leaves_nothing(cached, teacher, tmp_path):
@@ -442,6 +453,36 @@ def test_any_collator_and_indexed_data_set_work(
         torch.testing.assert_close(read.logits, ran.logits, rtol=1e-4, atol=1e-5)
     first = int(mask[mask.sum(1).argmin()].int().argmax())
     assert (first > 0) == (kind == "padded" or not right)
+
+
+def test_what_the_collator_makes_beside_token_ids_gets_a_folder_of_its_own(
+    tmp_path, teacher, tokenizer, train
+):
+    plain = DistillationCollator(tokenizer)
+
+    def typed(rows):
+        batch = plain(rows)
+        return {**batch, "token_type_ids": batch["attention_mask"]}
+
+    def folders(collator):
+        trainer_of(tmp_path, teacher, train, collator, tokenizer)._fill_cache()
+        return len(list((tmp_path / "cache").iterdir()))
+
+    assert folders(plain) == 1 and folders(typed) == 2
+    assert folders(DistillationCollator(tokenizer, pad_to=20)) == 2  # padding is not kept
+
+
+def test_another_release_of_transformers_gets_a_folder_of_its_own(cached, tmp_path, monkeypatch):
+    for release, folders in (("5.1.0", 1), ("5.1.2", 1), ("5.2.0", 2)):
+        monkeypatch.setattr(teacher_cache.transformers, "__version__", release)
+        cached("soft_labels")._fill_cache()
+        assert len(list((tmp_path / "cache").iterdir())) == folders
+
+
+def test_a_teacher_that_gives_no_numbers_is_refused(cached, teacher):
+    teacher.classifier.bias.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="values that are not finite"):
+        cached("soft_labels").train()
 
 
 @pytest.mark.parametrize("options", [{}, {"attention_weight": 0.0}, {"cosine_weight": 0.0}])
