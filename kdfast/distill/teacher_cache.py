@@ -539,8 +539,8 @@ def _check_padding(
             raise InputError(
                 "teacher_cache keeps what the teacher says of a text, and this teacher says "
                 "something else where the text is padded further (padding on the left, with "
-                "positions counted from there? values that are not finite?): pad on the right (tokenizer.padding_side) or all "
-                "rows alike, or leave teacher_cache out"
+                "positions counted from there? values that are not finite?): pad on the right "
+                "(tokenizer.padding_side) or all rows alike, or leave teacher_cache out"
             )
 
 

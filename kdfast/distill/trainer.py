@@ -58,6 +58,7 @@ from kdfast.distill.teacher_cache import (
 from kdfast.errors import InputError
 from kdfast.recipes import RECIPES, Recipe, build_recipe, check_recipe
 from kdfast.recipes.schedule import Moment
+from kdfast.recipes.terms import check_relevance
 
 TEACHER_PREFIX = "teacher_"
 STATE_FILE = "kdfast_state.safetensors"
@@ -82,8 +83,7 @@ class DistillationArguments(TrainingArguments):
     read of both models, and its gradients, so pad to few lengths (DistillationCollator's pad_to, or
     equal texts). Of one process, not with fp16 or torch_compile (whose mode "reduce-overhead" makes
     graphs of student and teacher, but not of the losses). Losses that change from step to step
-    (annealing) and those that look at their labels (rerankers) are launched as ever. No GPU has run
-    it yet.
+    (annealing) are launched as ever. No GPU has run it yet.
     """
 
     recipe: str = field(default="internal", metadata={"help": "name of the recipe"})
@@ -253,6 +253,11 @@ class DistillationTrainer(Trainer):
                 f"  student attention dropout set to {args.attention_dropout:g} in {layers} layers "
                 "(attention_dropout=None keeps the model's own)"
             ] * bool(layers)
+        # The same check as label_loss's, which leaves it to those who have the labels on the host.
+        self._relevance = student_shape.binary and bool(recipe.needs_labels)
+        if self.args.world_size == 1:
+            # Handed on to nobody, batches of data without numbers may hold more than tensors.
+            self.accelerator.dataloader_config.dispatch_batches = False
         self._cached = bool(args.teacher_cache) and recipe.needs_teacher()
         if self._cached:
             check_masked(recipe)
@@ -332,6 +337,8 @@ class DistillationTrainer(Trainer):
                 student_inputs = {**student_inputs, "labels": labels}
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch)
         labels = student_inputs.pop("labels", None)
+        if self._relevance and labels is not None and PADDED_MASKS not in inputs:
+            check_relevance(labels)
         at = Moment() if self._clock is None else self._clock.moment(self.state.global_step)
         own, theirs = self.recipe.needs(at.stage)
         teacher = self._teacher_of(teacher_inputs, theirs, inputs.get(ROW)) if theirs else None
@@ -744,10 +751,12 @@ class DistillationTrainer(Trainer):
             self.train_dataset = rows
             collate = RowCollator(collate, self._cache.inputs)
         loading: Any = self.args.accelerator_config
-        dispatched = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
-        if not (dispatched if loading.dispatch_batches is None else loading.dispatch_batches):
+        dispatched = loading.dispatch_batches
+        if dispatched is None:
+            dispatched = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
+        if not (dispatched and self.args.world_size > 1):
             # Batches that one process hands to the others hold tensors alone.
-            collate = PaddingCollator(collate)
+            collate = PaddingCollator(collate, relevance=self._relevance)
         self.data_collator = collate
         try:
             return super().get_train_dataloader()

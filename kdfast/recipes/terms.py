@@ -32,7 +32,6 @@ class LabelTerm(Term):
     def __init__(self, weight: Any, student: ModelShape) -> None:
         super().__init__(weight, "student logits with labels")
         self.shape = student
-        self.replayable = not student.binary  # whose labels are looked at
 
     def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
         return Needs(logits=True), Needs()
@@ -48,11 +47,14 @@ class LabelTerm(Term):
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, shape: ModelShape) -> torch.Tensor:
     """logits [..., C], labels [...]; −100 is no label. Mean over labels.
 
-    shape: of the model whose logits these are. Raises InputError for a relevance beyond [0, 1].
+    shape: of the model whose logits these are. Raises InputError for a relevance beyond [0, 1], if
+    the labels are on the CPU.
     """
     logits = logits.float()
     if shape.binary:
-        check_relevance(labels)
+        # Of a GPU it would wait; the trainer looks where batches are made.
+        if labels.device.type == "cpu":
+            check_relevance(labels)
         return F.binary_cross_entropy_with_logits(logits, labels.float().view_as(logits))
     if shape.regression:
         return F.mse_loss(logits, labels.float().view_as(logits))
@@ -62,9 +64,8 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, shape: ModelShape) ->
 
 
 def check_relevance(labels: torch.Tensor) -> None:
-    """InputError for labels that binary cross-entropy has no minimum for."""
-    # Waits for the device in each step; of rerankers alone, and otherwise their loss would fall
-    # without end.
+    """InputError for labels that binary cross-entropy has no minimum for: its loss would fall
+    without end."""
     if not ((labels >= 0) & (labels <= 1)).all():
         raise InputError(
             "a reranker learns relevance from 0 to 1 (binary cross-entropy), and the labels go "

@@ -182,7 +182,6 @@ class PseudoLabelTerm(Term):
         # Owned (trained, saved) by PseudoProjectionTerm; a tuple keeps it from a second entry.
         self._classifiers = (classifiers,)
         self.shape = student
-        self.replayable = not student.binary
 
     def needs(self, layers: Sequence[int] | None = None) -> tuple[Needs, Needs]:
         return Needs(), self._classifiers[0].needs()

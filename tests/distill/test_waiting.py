@@ -7,9 +7,12 @@ import pytest
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoTokenizer, DataCollatorWithPadding
 
+from kdfast import DistillationArguments, DistillationTrainer, InputError
 from kdfast.captured import Needs
 from kdfast.distill.capture import Capture
+from kdfast.distill.models import cut_student
 from kdfast.distill.padding import PADDED_MASKS, PaddingCollator
 from kdfast.distill.profile import step_parts
 from kdfast.recipes import RECIPES
@@ -25,12 +28,14 @@ WAITING = {
     "aten::repeat_interleave.Tensor",
 }
 # What of kdfast looks at numbers of a CPU alone: masks of its tensors, the upstream gradient of
-# losses whose gradients are made in their forward pass, and the masks of a batch that is made.
+# losses whose gradients are made in their forward pass, the masks and labels of a batch that is
+# made, and a reranker's labels where the recipe is given them.
 OF_A_CPU = {
     ("arguments.py", "_zeros_and_ones"),
     ("attention_kl.py", "_scaled"),
     ("layer_projection.py", "_scaled"),
     ("padding.py", "__call__"),
+    ("terms.py", "label_loss"),
 }
 OPTIONS = {"fsd": {"clusters": 8}}
 
@@ -78,7 +83,6 @@ def ready(trainer):
     return next(iter(trainer.get_train_dataloader()))
 
 
-# A reranker's labels are looked at, which the README says; of `custom`, so are those of its parts.
 @pytest.mark.parametrize("full", [False, True], ids=["padded", "full"])
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"custom"}))
 def test_a_step_waits_for_nothing(make_trainer, recipe, full):
@@ -166,12 +170,72 @@ def test_collator_names_the_masks_that_leave_tokens_out():
     assert PaddingCollator(lambda rows: rows)(rows) == rows
 
 
-def test_a_data_set_without_numbers_is_read_as_ever(make_trainer):
-    """Its batches go from one process to the others, as tensors alone."""
+@pytest.mark.parametrize("dispatch", [None, True])
+def test_data_without_numbers_wait_for_nothing_either(make_trainer, dispatch):
+    config = {"dispatch_batches": dispatch}
+    trainer = make_trainer("internal", accelerator_config=config, optim="sgd")
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    batch = ready(trainer)
+    assert PADDED_MASKS in batch
+    run_step(trainer, batch)
+    with Waits() as waits:
+        run_step(trainer, batch)
+    assert waits.found == []
+    trainer.train()
+
+
+def test_batches_that_go_from_one_process_to_the_others_are_tensors_alone(
+    make_trainer, monkeypatch
+):
     trainer = make_trainer("internal")
     trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
-    assert PADDED_MASKS not in next(iter(trainer.get_train_dataloader()))
-    trainer.train()
+    own = trainer.data_collator
+    monkeypatch.setattr(
+        transformers.Trainer, "get_train_dataloader", lambda self: self.data_collator
+    )
+    assert isinstance(trainer.get_train_dataloader(), PaddingCollator)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    assert trainer.get_train_dataloader() is own
+
+
+@pytest.fixture
+def reranker(teacher, tiny_bert, tmp_path):
+    """Trainers on labels of a plain collator, by these labels."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+
+    def make(labels):
+        texts = ["good film", "bad", "the film is fine", "awful film"]
+        rows = [{**tokenizer(t), "labels": x} for t, x in zip(texts, labels, strict=True)]
+        return DistillationTrainer(
+            model=cut_student(teacher, 2, task="reranking"),
+            args=DistillationArguments(
+                str(tmp_path), recipe="labels", use_cpu=True, report_to="none", optim="sgd",
+                max_steps=1,
+            ),
+            train_dataset=rows,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+    return make
+
+
+def test_a_rerankers_step_waits_for_nothing(reranker):
+    trainer = reranker([0.0, 1.0, 0.5, 1.0])
+    batch = ready(trainer)
+    run_step(trainer, batch)
+    with Waits() as waits:
+        run_step(trainer, batch)
+    assert waits.found == []
+
+
+def test_a_rerankers_labels_are_looked_at_where_the_batch_is_made(reranker):
+    trainer = reranker([0.0, 3.0, 1.0, 2.0])
+    with pytest.raises(InputError, match="from 0 to 3: divide .*data.kind=regression"):
+        next(iter(trainer.get_train_dataloader()))
+    batch = DataCollatorWithPadding(trainer.processing_class)(trainer.train_dataset)
+    with pytest.raises(InputError, match="from 0 to 3: divide"):
+        trainer.compute_loss(trainer.model.train(), batch)
 
 
 SHAPE = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
