@@ -45,13 +45,15 @@ def flat_states(
 
     Raises: ValueError when N exceeds max_length.
     """
-    hidden = statistics(hidden)
     if attention_mask is not None and padding == "masked":
+        # Before the conversion, where a copy is half as large.
         hidden = hidden.masked_fill(~attention_mask.bool()[..., None], 0)
-    flat = hidden.flatten(1)
+    flat = statistics(hidden).flatten(1)
     if max_length is None:
         return flat
     _check_length(hidden, max_length)
+    if hidden.shape[1] == max_length:
+        return flat
     return nn.functional.pad(flat, (0, max_length * hidden.shape[2] - flat.shape[1]))
 
 

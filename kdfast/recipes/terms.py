@@ -323,13 +323,14 @@ def pooled(
     if pool == "cls":
         return [h[:, 0] for h in hidden]
     if mask is None:
-        return [h[:, -1] if pool == "last" else h.float().mean(1) for h in hidden]
+        return [h[:, -1] if pool == "last" else h.mean(1, dtype=torch.float32) for h in hidden]
     if pool == "last":
         positions = torch.arange(mask.shape[1], device=mask.device)
         last = (positions * mask.bool()).argmax(1)
         return [h[torch.arange(len(h), device=h.device), last] for h in hidden]
-    weights = mask.float()[..., None]
-    return [(h.float() * weights).sum(1) / weights.sum(1).clamp(min=1) for h in hidden]
+    # Padding goes in the states' own dtype, and sums are taken in fp32 without a copy in it.
+    padded, tokens = ~mask.bool()[..., None], mask.sum(1, keepdim=True).clamp(min=1)
+    return [h.masked_fill(padded, 0).sum(1, dtype=torch.float32) / tokens for h in hidden]
 
 
 POOLS = ("auto", "cls", "mean", "last")

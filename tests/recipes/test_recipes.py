@@ -12,6 +12,7 @@ from kdfast.losses import AttentionKLLoss, CKALoss, CosineLoss, SoftLabelLoss
 from kdfast.recipes import RECIPES, build_recipe
 from kdfast.recipes.layer_map import layer_map
 from kdfast.recipes.schedule import Moment
+from kdfast.recipes.terms import pooled
 
 STUDENT = ModelShape(layers=2, width=8, heads=2, classes=3)
 TEACHER = ModelShape(layers=6, width=8, heads=2, classes=3)
@@ -479,6 +480,23 @@ def test_alp_projects_all_teacher_layers_on_each_student_layer(captured):
     torch.testing.assert_close(term.projection_weights(student, teacher), weights)
     tokens = build_recipe("alp", STUDENT, TEACHER, rows="tokens").terms["projection"]
     assert tokens.projection_weights(student, teacher).shape == (4, 2, 6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_means_over_tokens_are_of_fp32_in_any_dtype(dtype, padded):
+    torch.manual_seed(0)
+    lengths = torch.tensor([40, 1, 0] if padded else [64, 64, 64])
+    mask = (torch.arange(64) < lengths[:, None]).long()
+    states = (torch.randn(3, 64, 8) + 3).to(dtype).requires_grad_()
+    upstream = torch.randn(3, 8)
+    (mean,) = pooled([states], mask if padded else None, "mean")
+    mean.backward(upstream)
+    share = (mask / lengths.clamp(min=1)[:, None])[..., None].double()
+    exact = (states.detach().double() * share).sum(1)
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-6, atol=1e-6)
+    gradient = (share * upstream[:, None].double()).to(dtype)
+    torch.testing.assert_close(states.grad, gradient)
 
 
 def test_embedders_without_heads_learn_pooled_states_and_internals(captured):
