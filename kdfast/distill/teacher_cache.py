@@ -511,14 +511,18 @@ def check_indexed(dataset: Any) -> None:
         raise InputError("teacher_cache: train_dataset has no rows")
 
 
-def check_masked(recipe: Recipe) -> None:
-    """InputError for a recipe that reads padded positions, which are not kept."""
-    counted = [
+def counting_padding(recipe: Recipe) -> list[str]:
+    """The terms that read padded positions."""
+    return [
         name
         for name, term in recipe.terms.items()
         if any(getattr(module, "padding", None) == "counted" for module in term.modules())
     ]
-    if counted:
+
+
+def check_masked(recipe: Recipe) -> None:
+    """InputError for a recipe that reads padded positions, which are not kept."""
+    if counted := counting_padding(recipe):
         raise InputError(
             f"teacher_cache keeps no padded positions, and padding=counted of recipe "
             f"'{recipe.name}' ({', '.join(counted)}) reads them: set padding=masked, or leave "

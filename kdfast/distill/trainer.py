@@ -54,6 +54,7 @@ from kdfast.distill.teacher_cache import (
     TeacherRows,
     check_indexed,
     check_masked,
+    counting_padding,
 )
 from kdfast.errors import InputError
 from kdfast.recipes import RECIPES, Recipe, build_recipe, check_recipe
@@ -113,8 +114,10 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student, a transformers model with SDPA-capable attention.
-        teacher: the teacher; run under no_grad in evaluation mode and its own dtype, never wrapped,
-            never saved. Not needed by recipe "labels".
+        teacher: the teacher; run under no_grad in evaluation mode, never wrapped, never saved. In
+            fp32 it runs under the student's autocast (bf16, fp16), which casts its weights in every
+            step; loaded in bfloat16, or cast to it, it keeps that dtype and is spared the casts.
+            Not needed by recipe "labels".
         args: DistillationArguments.
         recipe: a Recipe to use in place of the one that args names.
         teacher_processing_class: the teacher's tokenizer, where it is not the student's; the data
@@ -125,9 +128,13 @@ class DistillationTrainer(Trainer):
     A batch's columns prefixed "teacher_" go to the teacher, without the prefix; if there are none
     the teacher sees the student's. A training batch also says which of its masks leave tokens out,
     as found where it was made (`kdfast_padded_masks`), so that nobody waits for the device to see
-    it: who changes a mask afterwards takes that entry away. Loss terms are logged apart as
-    loss_<term>, unweighted. Beside each saved student lies kdfast_state.safetensors with the
-    recipe's learned parts; without any, with its metadata alone, the recipe's name and options.
+    it: who changes a mask afterwards takes that entry away. Columns at the end of a training batch
+    that a model's mask leaves out in all rows (of texts padded to one length beforehand) are cut
+    there too; but not with a collator's pad_to, losses that count padding, torch_compile or
+    cuda_graphs, which want few lengths, nor of batches that another process hands on. Loss terms
+    are logged apart as loss_<term>, unweighted. Beside each saved student lies
+    kdfast_state.safetensors with the recipe's learned parts; without any, with its metadata alone,
+    the recipe's name and options.
 
     Micro-batches of gradient accumulation, and the batches of several processes, are weighted by
     the samples or tokens that a term is the mean of, so that together they give the gradient of the
@@ -746,17 +753,25 @@ class DistillationTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         own = self.train_dataset, self.data_collator
         collate: Any = self.data_collator
-        if self._cache is not None:
-            rows: Any = NumberedRows(self._training_rows()[0])
-            self.train_dataset = rows
-            collate = RowCollator(collate, self._cache.inputs)
         loading: Any = self.args.accelerator_config
         dispatched = loading.dispatch_batches
         if dispatched is None:
             dispatched = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
         if not (dispatched and self.args.world_size > 1):
             # Batches that one process hands to the others hold tensors alone.
-            collate = PaddingCollator(collate, relevance=self._relevance)
+            cut = not (
+                getattr(collate, "pad_to", None) is not None
+                or counting_padding(self.recipe)
+                # Each width would be compiled or recorded anew.
+                or self.args.torch_compile
+                or self._graphs is not None
+            )
+            collate = PaddingCollator(collate, relevance=self._relevance, cut=cut)
+        if self._cache is not None:
+            rows: Any = NumberedRows(self._training_rows()[0])
+            self.train_dataset = rows
+            # Around the other one, so that it knows the rows as the teacher would see them.
+            collate = RowCollator(collate, self._cache.inputs)
         self.data_collator = collate
         try:
             return super().get_train_dataloader()
