@@ -61,7 +61,8 @@ def _masks(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _cut(batch: Mapping[str, Any], multiple: int) -> Mapping[str, Any]:
-    masks, widths = _masks(batch), {}
+    masks = _masks(batch)
+    widths: dict[int, int] = {}
     tensors = {column: x for column, x in batch.items() if isinstance(x, torch.Tensor)}
     sides = {
         name: {
