@@ -13,9 +13,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from kdfast.captured import Captured, Needs
-from kdfast.distill.padding import PADDED
 from kdfast.errors import InputError
 from kdfast.recipes import Recipe
 from kdfast.recipes.schedule import Moment
@@ -133,13 +133,26 @@ class Recordings:
 class Graphs:
     """A teacher and a recipe's losses, replayed.
 
-    run_teacher: of inputs by name and of needs.
+    run_teacher: of inputs by name and of needs, by `model`. Graphs read its weights, and what the
+    recipe has learned, at fixed addresses: where these change, they are recorded anew.
     """
 
     def __init__(
-        self, recipe: Recipe, run_teacher: Callable[[dict[str, Any], Needs], Captured]
+        self,
+        recipe: Recipe,
+        run_teacher: Callable[[dict[str, Any], Needs], Captured],
+        model: nn.Module | None,
     ) -> None:
         self._recipe = recipe
+        # By where the model keeps them: to walk through it would take longer in every step.
+        self._weights: list[tuple[dict[str, Any], str]] = [
+            (tensors, name)
+            for module in (() if model is None else model.modules())
+            for tensors in (module._parameters, module._buffers)
+            for name in tensors
+        ]
+        self._of_teacher_at: list[int] = []
+        self._of_recipe_at: list[tuple[int, bool]] = []
         self._run_teacher = run_teacher
         self.of_teacher = Recordings("the teacher")
         self.of_losses = Recordings("the losses")
@@ -157,13 +170,21 @@ class Graphs:
     def teacher(self, inputs: Mapping[str, Any], needs: Needs) -> Captured:
         """What is captured of the teacher, in memory that the next batch of these shapes takes."""
         names = sorted(name for name, x in inputs.items() if isinstance(x, torch.Tensor))
+        # Part of what is recorded: whether anything is padded, switches of the forward.
         rest = {name: x for name, x in inputs.items() if name not in names}
+        weights = [tensors.get(name) for tensors, name in self._weights]
+        addresses = [0 if x is None else x.data_ptr() for x in weights]
+        if addresses != self._of_teacher_at:
+            self.of_teacher.clear()
+            self._of_teacher_at = addresses
 
         def function(tensors: list[torch.Tensor]) -> Captured:
             return self._run_teacher({**rest, **dict(zip(names, tensors, strict=True))}, needs)
 
-        key = (needs, inputs.get(PADDED), *names)
-        recorded = self.of_teacher.run(key, function, [inputs[name] for name in names])
+        key = (needs, *sorted(rest.items()), *names)
+        recorded = None
+        if _hashable(key):
+            recorded = self.of_teacher.run(key, function, [inputs[name] for name in names])
         self._settled = recorded is not None
         if recorded is None:
             return self._run_teacher(dict(inputs), needs)
@@ -184,6 +205,11 @@ class Graphs:
         if not torch.is_grad_enabled() or not all(term.replayable for term in terms.values()):
             return None
         learned = [p for p in self._recipe.parameters() if p.requires_grad]
+        state = (*self._recipe.parameters(), *self._recipe.buffers())
+        addresses = [(x.data_ptr(), x.requires_grad) for x in state]
+        if addresses != self._of_recipe_at:
+            self.of_losses.clear()
+            self._of_recipe_at = addresses
         masks = [x.attention_mask for x in (student, teacher) if x is not None]
         others = [x for x in (*masks, labels) if x is not None]
         own = list({id(x): x for x in student.tensors()}.values())
@@ -220,6 +246,14 @@ class Graphs:
             return None
         inputs = [x for x in (*own, *learned) if x.requires_grad]
         return dict(zip(recorded.outputs[0], _Replayed.apply(recorded, *inputs), strict=True))
+
+
+def _hashable(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
 
 
 def _at(captured: Captured, given: Mapping[int, torch.Tensor]) -> Captured:

@@ -298,7 +298,7 @@ class DistillationTrainer(Trainer):
         self._graphs: Graphs | None = None
         if args.cuda_graphs:
             _check_graphs(self.args)
-            self._graphs = Graphs(recipe, self._run_teacher)
+            self._graphs = Graphs(recipe, self._run_teacher, self.teacher)
         captures = {"student": self._student_capture, "teacher": self._teacher_capture}
         announcement += [
             f"  {role} attention runs as SDPA, not {capture.replaced}, while distilling"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdfast import InputError
-from kdfast.captured import Captured
+from kdfast.captured import Captured, Needs
 from kdfast.distill import graphs
 from kdfast.distill.profile import step_parts
 from kdfast.distill.trainer import _check_graphs
@@ -139,6 +139,45 @@ def test_a_second_batch_before_the_backward_pass_is_an_error(make_trainer, repla
     trainer.compute_loss(trainer.model, dict(batch)).backward()
     with pytest.raises(RuntimeError, match="each batch goes backward before the next"):
         first.backward()
+
+
+def test_graphs_are_recorded_anew_where_what_they_read_has_moved(make_trainer, replays):
+    trainer = make_trainer("fsd", recipe_options=OPTIONS["fsd"], cuda_graphs=True)
+    trainer._prepare_recipe()
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def made():
+        before = replays.made
+        trainer.compute_loss(trainer.model.train(), dict(batch)).backward()
+        return replays.made - before
+
+    assert (made(), made()) == (2, 0)
+    teacher, recipe = trainer.teacher, trainer.recipe
+    weight = teacher.classifier.weight
+    weight.data = weight.data.clone()
+    # Those of the losses too, unless what the teacher's graph gives comes to lie where it was.
+    assert made() in (1, 2) and made() == 0
+    teacher.classifier.weight = torch.nn.Parameter(weight.data.clone(), requires_grad=False)
+    assert made() in (1, 2) and made() == 0
+    for moved in (next(recipe.parameters()), next(recipe.buffers())):
+        moved.data = moved.data.clone()
+        assert (made(), made()) == (1, 0)
+
+
+def test_inputs_that_are_no_tensors_have_graphs_of_their_own(make_trainer, replays):
+    recipe = make_trainer("embedding").recipe
+    seen = []
+
+    def run(inputs, needs):
+        seen.append(inputs["way"])
+        return Captured(logits=inputs["x"] * len(inputs["way"]))
+
+    graphed = graphs.Graphs(recipe, run, None)
+    x = torch.ones(2, 3)
+    for way in ("a", "bc", "a", "bc", ["not hashable"]):
+        logits = graphed.teacher({"x": x, "way": way}, Needs(logits=True)).logits
+        assert torch.equal(logits, x * len(way))
+    assert replays.made == 2 and seen[-1] == ["not hashable"]
 
 
 def test_graphs_stand_beside_a_cache_and_accumulated_batches(make_trainer, replays, tmp_path):
