@@ -102,6 +102,7 @@ _HALF: dict[str, Any] = {"dtype": "bfloat16"}
 ROWS = {
     "cpu": [
         *_rows("minilm", EACH, 32, 128, memory=True),
+        *_rows("minilm", ("internal", ALL), 32, 128, **_HALF),
         *_rows("quickstart", ("internal",), 32, None),
         *_rows("minilm", ("internal", ALL), 32, None),
         *_rows("minilm", ("internal",), 8, 128),
@@ -514,7 +515,10 @@ def measure(
     from kdfast.distill.profile import profile
 
     lean, dense = needed(row)
-    if reason := harness.too_large(lean, device):
+    reason = harness.too_large(lean, device)
+    if row.dtype == "bfloat16" and device.type == "cpu" and not _has_bfloat16():
+        reason = "skipped: this CPU has no instructions for bfloat16"
+    if reason:
         return {**described(row), "shape": None, "tokens": None, "skipped": reason,
                 "variants": {}, "others": None, "wrong": []}  # fmt: skip
     torch.compiler.reset()
@@ -607,6 +611,11 @@ def measure(
         "others": others and others.share(),
         "wrong": amiss,
     }
+
+
+def _has_bfloat16() -> bool:
+    """Without them it is many times slower than float32."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def _of_one_sample(
