@@ -102,7 +102,7 @@ _HALF: dict[str, Any] = {"dtype": "bfloat16"}
 ROWS = {
     "cpu": [
         *_rows("minilm", EACH, 32, 128, memory=True),
-        *_rows("minilm", ("internal", ALL), 32, 128, **_HALF),
+        *_rows("minilm", ("internal",), 32, 128, **_HALF),
         *_rows("quickstart", ("internal",), 32, None),
         *_rows("minilm", ("internal", ALL), 32, None),
         *_rows("minilm", ("internal",), 8, 128),
