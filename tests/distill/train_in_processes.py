@@ -45,7 +45,8 @@ def main(model, output, changes):
     )  # fmt: skip
     trainer.train()
     assert not isinstance(trainer.teacher, torch.nn.parallel.DistributedDataParallel)
-    sys.stdout.write(f"teacher ran {len(ran)}\n")  # at once: processes write between print's parts
+    # At once, on a line of its own: processes write between the parts of each other's prints.
+    sys.stdout.write(f"\nteacher ran {len(ran)}\n")
     trainer.save_model(output)
     # Together, in order: a process that leaves first tears the other's connection down.
     trainer.accelerator.wait_for_everyone()
