@@ -107,7 +107,7 @@ ROWS = {
         *_rows("minilm", ("internal", ALL), 32, None),
         *_rows("minilm", ("internal",), 8, 128),
         *_rows("minilm", ("internal",), 32, 256),
-        *_rows("minilm", ("internal", ALL), 32, 512, memory=True),
+        *_rows("minilm", ("internal",), 32, 512, memory=True),
         *_rows("bert", ("internal",), 8, 128),
     ],
     "cuda": [
