@@ -31,8 +31,8 @@ distill: $(runtime)  ## distil a small student from a real teacher, and show wha
 test: $(test)  ## the tests, without the exhaustive matrix and the GPU tests
 	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-# `make test` has a seventh of their cases, and one architecture.
-test-triton: $(test)  ## all of the Triton kernels: in its interpreter, and compiled ahead of time
+# `make test` has a seventh of these cases, and one architecture.
+test-triton: $(test)  ## more of the Triton kernels: in its interpreter, and compiled ahead of time
 	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile -m "not exhaustive" \
 		tests/kernels tests/benchmarks/test_tune.py $(ARGS)
 	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile -m "not exhaustive" \

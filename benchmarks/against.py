@@ -24,7 +24,7 @@ The results, as JSON, are those of `harness`, but for
                   variants: {new, old: "kdfast BACKEND", or of a step its variant | null},
                   seconds: {new, old: [one a round]},
                   error: {new, old: {loss and each gradient: |x - x64|max / |x64|max; of a step
-                          that of its loss} | null},
+                          loss and gradient: |x - eager| / |eager|} | null},
                   ratio: {median, quartiles: [low, high], interval: [low, high]} | null,
                   verdict: "same" | "slower" | "faster" | null,
                   skipped: why it was not compared | null,
@@ -642,7 +642,10 @@ def _compare(
         "wrong": {side: [] for side in SIDES},
     }
     problem, dense = row.memory() if isinstance(row, Step) else harness.memory_of(row)
-    if reason := harness.too_large(2 * problem, device):  # two processes hold it
+    reason = harness.too_large(2 * problem, device)  # two processes hold it
+    if isinstance(row, Step):
+        reason = step.unfit(row.row, device) or reason
+    if reason:
         return record | {"skipped": reason}
 
     def ask(role: str, what: str, **arguments: Any) -> dict[str, Any]:

@@ -387,9 +387,9 @@ def longer(cluster: Cluster, job: Job) -> dict[str, float]:
     """Seconds by which a step on all GPUs exceeds one GPU's step on its own batch.
 
     gradients: DistributedDataParallel's, round a ring, what of it does not hide. states: of student
-    and teacher, gathered before the loss, each after its sizes; backward sends nothing, since each
-    GPU has the gradient of the whole batch. products: every GPU computes the coupled loss of the
-    whole batch. The last two hide behind nothing.
+    and teacher, gathered before the loss, after the sizes of all, which hosts tell each other;
+    backward sends nothing, since each GPU has the gradient of the whole batch. products: every GPU
+    computes the coupled loss of the whole batch. The last two hide behind nothing.
     """
     if cluster.gpus == 1:
         return {"gradients": 0.0, "states": 0.0, "products": 0.0}
@@ -397,11 +397,11 @@ def longer(cluster: Cluster, job: Job) -> dict[str, float]:
     gradients = job.parameters * job.size
     exchange = 2 * others / cluster.gpus * gradients / speed
     exchange += math.ceil(gradients / job.bucket) * cluster.latency
-    gather = 2 * (others * job.states / speed + 2 * cluster.latency)
+    gather = 2 * (others * job.states / speed + cluster.latency)
     more = job.operations(cluster.gpus) - job.operations(1)
     return {
         "gradients": (1 - cluster.overlap) * exchange,
-        "states": job.pairs * gather,
+        "states": cluster.latency + job.pairs * gather,
         "products": more / cluster.products,
     }
 

@@ -6,7 +6,7 @@ round:
     fine-tuning    the student on labels, no teacher
     soft labels    teacher forward, KL of the outputs
     eager          soft labels and the method's losses as plain PyTorch
-    compile        the same losses, each by torch.compile
+    compile        the same losses, each part of them by torch.compile
     kdfast         the same losses on kdfast's operators
     ... cached     soft labels, eager and kdfast, with what they need of the teacher read from files
     ... graphs     soft labels and kdfast with teacher and losses replayed as CUDA graphs, on a GPU
@@ -414,6 +414,16 @@ class EagerMemory:
         return F.normalize(self.x) @ F.normalize(self.memory).T
 
 
+class CompiledMemory(EagerMemory):
+    def distances(self, eps: float) -> Tensor:
+        found: Tensor = _compiled(EagerMemory.distances)(self, eps)
+        return found
+
+    def cosines(self) -> Tensor:
+        found: Tensor = _compiled(EagerMemory.cosines)(self)
+        return found
+
+
 def eager_layer_projection_loss(
     layers_s: Sequence[Tensor],
     layers_t: Sequence[Tensor],
@@ -482,7 +492,7 @@ def losses_of(variant: str) -> Iterator[None]:
         (projection, "layer_projection_loss", made(eager_layer_projection_loss)),
         (hidden, "layer_projection_loss", made(eager_distance)),
         (memory, "CKATeacher", Teacher),
-        (memory, "SamplesAndMemory", EagerMemory),
+        (memory, "SamplesAndMemory", EagerMemory if variant == "eager" else CompiledMemory),
     )
     own = [getattr(module, name) for module, name, _ in places]
     for module, name, function in places:
@@ -512,13 +522,8 @@ def measure(
 ) -> dict[str, Any]:
     """A row of the results. `seconds` is what the rounds may take, `rounds` their least and most
     number."""
-    from kdfast.distill.profile import profile
-
     lean, dense = needed(row)
-    reason = harness.too_large(lean, device)
-    if row.dtype == "bfloat16" and device.type == "cpu" and not _has_bfloat16():
-        reason = "skipped: this CPU has no instructions for bfloat16"
-    if reason:
+    if reason := unfit(row, device) or harness.too_large(lean, device):
         return {**described(row), "shape": None, "tokens": None, "skipped": reason,
                 "variants": {}, "others": None, "wrong": []}  # fmt: skip
     torch.compiler.reset()
@@ -556,8 +561,7 @@ def measure(
                     stepper.step()
             steppers[name] = stepper
         except Exception as error:
-            memory = harness.out_of_memory(error)
-            record["skipped"] = "out of memory" if memory else harness.one_line(error)
+            record["skipped"] = _reason(error)
             if name.startswith("kdfast"):
                 amiss.append(f"{name}: {record['skipped']}")
             if stepper is not None:
@@ -587,14 +591,14 @@ def measure(
         for number, order in enumerate(harness.interleaved(list(steppers), rounds[1])):
             say(f"round {number + 1}")
             for name in order:
-                with losses_of(name):
-                    variants[name]["seconds"].append(timed(steppers[name].step, device))
-                    if number < PROFILED:
-                        apart = profile(steppers[name].trainer, [dict(steppers[name].batch)])
-                        parts = variants[name]["parts"] or {part: [] for part in apart}
-                        variants[name]["parts"] = {k: [*parts[k], *v] for k, v in apart.items()}
-                        if name.endswith(GRAPHS):  # which a profile lets go
-                            steppers[name].step()
+                if name not in steppers:  # it failed in an earlier round
+                    continue
+                try:
+                    _round(steppers[name], name, variants[name], number < PROFILED, device)
+                except Exception as error:
+                    steppers.pop(name).close()
+                    variants[name] |= {"seconds": [], "parts": None, "skipped": _reason(error)}
+                    amiss += [f"{name}: {_reason(error)}"] * name.startswith("kdfast")
             spent = sum(sum(v["seconds"]) for v in variants.values())
             if number + 1 >= rounds[0] and spent * (number + 2) / (number + 1) > seconds:
                 break
@@ -613,9 +617,12 @@ def measure(
     }
 
 
-def _has_bfloat16() -> bool:
-    """Without them it is many times slower than float32."""
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+def unfit(row: Row, device: torch.device) -> str | None:
+    """Why a row is left out on this device: emulated, bfloat16 takes many times float32's time."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if row.dtype == "bfloat16" and device.type == "cpu" and not known():
+        return "skipped: bfloat16 on a CPU that is not known to have instructions for it"
+    return None
 
 
 def _of_one_sample(
@@ -628,16 +635,36 @@ def _of_one_sample(
         return {}
     found = {}
     for name in ("eager", "kdfast"):
+        stepper = Stepper(pair, one, name, {k: x[:1] for k, x in batch.items()}, device)
         try:
-            stepper = Stepper(pair, one, name, {k: x[:1] for k, x in batch.items()}, device)
             with losses_of(name):
                 found[name] = stepper.outcome()
-            stepper.close()
         except Exception as error:
             if not harness.out_of_memory(error):
                 raise
             return {}
+        finally:
+            stepper.close()
     return found
+
+
+def _round(
+    stepper: Stepper, name: str, variant: dict[str, Any], profiled: bool, device: torch.device
+) -> None:
+    from kdfast.distill.profile import profile
+
+    with losses_of(name):
+        variant["seconds"].append(timed(stepper.step, device))
+        if profiled:
+            apart = profile(stepper.trainer, [dict(stepper.batch)])
+            parts = variant["parts"] or {part: [] for part in apart}
+            variant["parts"] = {k: [*parts[k], *v] for k, v in apart.items()}
+            if name.endswith(GRAPHS):  # which a profile lets go
+                stepper.step()
+
+
+def _reason(error: Exception) -> str:
+    return "out of memory" if harness.out_of_memory(error) else harness.one_line(error)
 
 
 def described(row: Row) -> dict[str, Any]:

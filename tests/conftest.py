@@ -19,7 +19,7 @@ if not torch.cuda.is_available():  # read when triton is imported: kernels run o
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Interpreted, a Triton kernel takes seconds where others take milliseconds: of each test's cases
-# one in so many is part of `make test`. A prime, so that no option is left out of all of them.
+# one in so many is part of `make test`. A prime, so that few options are left out of all of them.
 INTERPRETED = 7
 
 

@@ -89,7 +89,7 @@ def embed(
     role: str = "student",
     progress: str = "embed",
 ) -> torch.Tensor:
-    """[n, D] fp32 on the CPU: the last hidden state of every row, mean over its tokens.
+    """[n, D] fp32 on the CPU: the last hidden state of every row, of one token or their mean.
 
     pool: "mean", "cls" for the first token's, "last" for the last one's, or "auto" for what a head
     on this model would read; InputError for another. The others as in `predict`.

@@ -13,6 +13,11 @@ from kdfast.recipes.terms import check_relevance
 
 TEACHER = "teacher_"
 MASKS = ("attention_mask", "teacher_attention_mask")
+# [B, N] of texts of N tokens.
+TOKENS = (
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"),
+    "labels",
+)
 # A batch's key for the masks, by name, that leave tokens out: a frozenset, which those who move
 # batches to a device leave alone.
 PADDED_MASKS = "kdfast_padded_masks"
@@ -25,8 +30,9 @@ class PaddingCollator:
 
     relevance: labels are those of a reranker; InputError for one beyond [0, 1].
     cut: columns at the end that a mask leaves out in all rows are cut (of texts padded beforehand),
-    from all that is [B, N] of that model; N stays a multiple of the collator's pad_to_multiple_of,
-    and that of both models the same if it was.
+    from that model's inputs of TOKENS and its labels [B, N]; nothing is cut where anything else has
+    that shape. N stays a multiple of the collator's pad_to_multiple_of, and that of both models the
+    same if it was.
     """
 
     def __init__(
@@ -73,8 +79,11 @@ def _cut(batch: Mapping[str, Any], multiple: int) -> Mapping[str, Any]:
     if sum(map(len, sides.values())) < len(tensors):  # one model's inputs have no mask
         return batch
     for name, mask in masks.items():
-        # What stands along further dimensions is not known.
-        if mask.dim() != 2 or not mask.numel() or any(x.dim() > 2 for x in sides[name].values()):
+        # What stands along the dimensions of others is not known.
+        others = [x for c, x in sides[name].items() if c.removeprefix(TEACHER) not in TOKENS]
+        if mask.dim() != 2 or not mask.numel():
+            return batch
+        if any(x.dim() > 2 or x.shape == mask.shape for x in others):
             return batch
         read = mask.bool().any(0)
         labels = sides[name].get("labels")
@@ -87,6 +96,6 @@ def _cut(batch: Mapping[str, Any], multiple: int) -> Mapping[str, Any]:
     cut = dict(batch)
     for name, mask in masks.items():
         for column, x in sides[name].items():
-            if x.shape == mask.shape:
+            if x.shape == mask.shape:  # labels of whole texts are not
                 cut[column] = x[:, : widths[mask.shape[1]]].contiguous()
     return cut

@@ -17,6 +17,7 @@ import math
 import mmap
 import os
 import shutil
+import socket
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from typing import IO, Any
 
 import datasets
 import numpy as np
+import psutil
 import torch
 import transformers
 from torch.utils.data import Dataset
@@ -276,9 +278,11 @@ class TeacherCache:
                 f"teacher_cache must be a folder that can be written, {self.folder} cannot: {error}"
             ) from error
         with _alone(self.folder / "lock") as lock:
-            # Who looked at all of it last: processes that were started together need not do it
-            # again, but for the first of them, which cannot know whether that was long ago.
-            note = f"{os.getppid()} {' '.join(names)}"
+            # Who looked at all of it last: processes that one parent started need not do it again,
+            # but for the first of them, as a parent may start several trainings.
+            parent = psutil.Process(os.getppid())
+            began = f"{socket.gethostname()} {parent.pid} {parent.create_time()}"
+            note = f"{began} {os.environ.get('TORCHELASTIC_RUN_ID', '')} {' '.join(names)}"
             together = int(os.environ.get("LOCAL_RANK", 0)) > 0 and lock.read() == note
             missing = self._missing(names, whole=not together, progress=progress)
             if missing:

@@ -1031,7 +1031,9 @@ def _longest(dataset: Any, collator: Any) -> int | None:
     longest = max((len(ids) for ids in dataset["input_ids"]), default=0)
     padded = getattr(collator, "pad_to", None)
     if getattr(collator, "padding", None) == "max_length":
-        padded = collator.max_length or collator.tokenizer.model_max_length
+        tokenizer = getattr(collator, "tokenizer", None)
+        own = getattr(tokenizer, "model_max_length", None)
+        padded = getattr(collator, "max_length", None) or own
     # A tokenizer without a maximum has a huge one, to which transformers does not pad.
     if padded is not None and padded < LARGE_INTEGER:
         longest = max(longest, padded)

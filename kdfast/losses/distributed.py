@@ -88,7 +88,8 @@ def _size(x: torch.Tensor) -> list[int]:
 def _hosts() -> Any:
     """The default group where gloo moves its tensors of the CPU, else one of gloo, made once."""
     default = distributed.group.WORLD
+    if "cpu:gloo" in distributed.get_backend_config(default):
+        return default
     if default not in _HOSTS:
-        by_gloo = "cpu:gloo" in distributed.get_backend_config(default)
-        _HOSTS[default] = default if by_gloo else distributed.new_group(backend="gloo")
+        _HOSTS[default] = distributed.new_group(backend="gloo")
     return _HOSTS[default]

@@ -329,7 +329,7 @@ def pooled(
         last = (positions * mask.bool()).argmax(1)
         return [h[torch.arange(len(h), device=h.device), last] for h in hidden]
     # Padding goes in the states' own dtype, and sums are taken in fp32 without a copy in it.
-    padded, tokens = ~mask.bool()[..., None], mask.sum(1, keepdim=True).clamp(min=1)
+    padded, tokens = ~mask.bool()[..., None], mask.bool().sum(1, keepdim=True).clamp(min=1)
     return [h.masked_fill(padded, 0).sum(1, dtype=torch.float32) / tokens for h in hidden]
 
 

@@ -119,8 +119,8 @@ def test_states_of_both_sides_come_from_all_other_gpus_once():
     # Nothing is sent in backward, and nothing hides it.
     states = 4 * 8 * 16 * 2
     assert on_paper(bandwidth=1e3, overlap=1.0)["states"] == pytest.approx(2 * 2 * 7 * states / 1e3)
-    # Each side's sizes go before it.
-    assert on_paper(bandwidth=1e30, latency=1.0)["states"] == pytest.approx(2 * 2 * 2)
+    # The sizes of both go before them, at once.
+    assert on_paper(bandwidth=1e30, latency=1.0)["states"] == pytest.approx(1 + 2 * 2)
 
 
 def test_every_gpu_computes_the_coupled_loss_of_the_whole_batch():

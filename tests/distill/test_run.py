@@ -471,7 +471,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_student(setti
 
 def test_an_interrupted_run_says_how_to_go_on_and_leaves_with_status_2(settings):
     config, run_dir = settings
-    process = start(config, *LONG)
+    # So many steps that none of it is over before the signal, however busy the machine.
+    process = start(config, *LONG[:2], "training.steps=5000", "training.save_every=10")
     work = run_dir / "work" / "internal" / "seed-1"
     wait_for(lambda: list(work.glob("checkpoint-*/trainer_state.json")), process)
     process.send_signal(signal.SIGINT)

@@ -321,7 +321,7 @@ def test_bad_arguments_are_named(call, name):
 
 @pytest.mark.parametrize("features", [200, 320])
 def test_distances_made_by_blocks_of_features_are_those_of_whole_rows(features, monkeypatch):
-    monkeypatch.setattr(distances, "BLOCK_BYTES", 1)  # blocks of 64 features
+    monkeypatch.setitem(distances.BLOCK_BYTES, "cpu", 1)  # blocks of 64 features
     x = torch.randn(5, features, dtype=torch.float64) + 30
     memory = torch.randn(3, 320, dtype=torch.float64) + 30
     whole = F.pad(x, (0, 320 - features))
@@ -347,3 +347,32 @@ def test_a_sample_or_memory_of_zeros_has_a_cosine_of_zero():
     assert cosines[1].eq(0).all() and cosines[:, 2].eq(0).all()
     cosines.sum().backward()
     assert memory.grad is not None and memory.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 1e-4])
+def test_cosines_of_features_far_from_zero_lose_no_digits(size):
+    x, memory = torch.randn(4, 500) + 1000, torch.randn(3, 500) * size
+    exact = F.cosine_similarity(x.double()[:, None], memory.double(), dim=-1)
+    found = distances.SamplesAndMemory.of(x, memory).cosines()
+    torch.testing.assert_close(found, exact.float(), rtol=0, atol=1e-6)
+
+
+def test_the_memory_is_read_in_the_samples_dtype():
+    x, memory = torch.randn(4, 70, dtype=torch.float64), torch.randn(3, 90)
+    found, exact = (distances.SamplesAndMemory.of(x, m) for m in (memory, memory.double()))
+    torch.testing.assert_close(found.distances(0), exact.distances(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.cosines(), exact.cosines(), rtol=1e-12, atol=1e-15)
+
+
+def test_distances_are_compiled_whole():
+    def loss(x, memory):
+        found = distances.SamplesAndMemory.of(x, memory)
+        return (found.distances(1e-8) + found.cosines()).sum()
+
+    gradients = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        x, memory = (torch.ones(2, 6).cumsum(i) for i in (0, 1))
+        x, memory = x[:, :5].requires_grad_(), memory.requires_grad_()
+        function(x, memory).backward()
+        gradients.append((x.grad, memory.grad))
+    torch.testing.assert_close(*gradients)
