@@ -124,7 +124,7 @@ def test_slower_same_and_missing_rows_are_told_apart(
     assert bench("--from", file)[:2] == (1, out)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tree_is_the_same_as_itself(
     bench: Callable[..., Result], repository: Path, scratch: Path
 ) -> None:

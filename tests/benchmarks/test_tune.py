@@ -79,6 +79,7 @@ def test_candidate_that_fails_or_is_wrong_is_passed_over(
     assert all("differs by 1 from the shipped entry" in text for text in said[1:])
 
 
+@pytest.mark.triton
 def test_run_writes_and_shows_every_entry(tables: dict[str, Any], tmp_path: Path) -> None:
     states = []
     results = tune.run(torch.device("cpu"), only="forward (4, 64)", write=states.append)

@@ -315,7 +315,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, teacher, toke
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-@pytest.mark.parametrize("recipe", ["internal", pytest.param("universal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", ["internal", pytest.param("universal", marks=pytest.mark.exhaustive)]
+)
 def test_compiled_models_train_to_the_same_student(recipe, tmp_path, teacher, tokenizer, train):
     ends = []
     for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
