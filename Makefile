@@ -31,10 +31,10 @@ distill: $(runtime)  ## distil a small student from a real teacher, and show wha
 test: $(test)  ## the tests, without the exhaustive matrix and the GPU tests
 	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-# `make test` has a seventh of these cases, and one architecture.
-test-triton: $(test)  ## more of the Triton kernels: in its interpreter, and compiled ahead of time
+# `make test` has one in eleven of these cases, and one architecture.
+test-triton: $(test)  ## more of the Triton and CUDA kernels: interpreted, and compiled ahead of time
 	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile -m "not exhaustive" \
-		tests/kernels tests/benchmarks/test_tune.py $(ARGS)
+		tests/kernels tests/benchmarks/test_tune.py tests/csrc $(ARGS)
 	OMP_WAIT_POLICY=PASSIVE $(run)pytest --numprocesses 2 --dist loadfile -m "not exhaustive" \
 		tests/ops -k triton $(ARGS)
 
@@ -155,7 +155,9 @@ clean:  ## remove build outputs and caches; the environment and runs/ stay
 # A stamp is written last, so a failed step is tried again by the next call.
 # torch comes first and the project is built against it, hence no build isolation.
 # No warnings of conflicts: they would be those of the demo's packages, of which only files are read.
-pip := $(VENV)/bin/pip --disable-pip-version-check install --no-warn-conflicts -c constraints.txt
+# What is imported is compiled then; all of it beforehand would take a minute.
+pip := $(VENV)/bin/pip --disable-pip-version-check install --no-warn-conflicts --no-compile \
+	-c constraints.txt
 # The CUDA library takes minutes to compile, and runs only where there is a driver; the tests compile
 # its sources everywhere.
 comma := ,

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():  # read when triton is imported: kernels run o
 
 # Interpreted, a Triton kernel takes seconds where others take milliseconds: of each test's cases
 # one in so many is part of `make test`. A prime, so that few options are left out of all of them.
-INTERPRETED = 7
+INTERPRETED = 11
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -280,10 +280,10 @@ class TeacherCache:
         with _alone(self.folder / "lock") as lock:
             # Who looked at all of it last: processes that one parent started need not do it again,
             # but for the first of them, as a parent may start several trainings.
-            parent = psutil.Process(os.getppid())
-            began = f"{socket.gethostname()} {parent.pid} {parent.create_time()}"
-            note = f"{began} {os.environ.get('TORCHELASTIC_RUN_ID', '')} {' '.join(names)}"
-            together = int(os.environ.get("LOCAL_RANK", 0)) > 0 and lock.read() == note
+            parent = _parent()
+            note = f"{parent} {os.environ.get('TORCHELASTIC_RUN_ID', '')} {' '.join(names)}"
+            later = parent is not None and int(os.environ.get("LOCAL_RANK", 0)) > 0
+            together = later and lock.read() == note
             missing = self._missing(names, whole=not together, progress=progress)
             if missing:
                 self._make(missing, run, progress)
@@ -575,6 +575,16 @@ def _alone(path: Path) -> Iterator[IO[str]]:
     with open(path, "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+def _parent() -> str | None:
+    """What started this process, unlike any other process of any machine; None where it lies beyond
+    a container."""
+    try:
+        parent = psutil.Process(os.getppid())
+        return f"{socket.gethostname()} {parent.pid} {parent.create_time()}"
+    except psutil.Error:
+        return None
 
 
 def _unpadded(collated: Mapping[str, Any]) -> dict[str, list[Any]]:

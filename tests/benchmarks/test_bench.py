@@ -269,7 +269,10 @@ def test_memory_of_a_pass_is_that_of_its_maps() -> None:
 
 @pytest.mark.parametrize(
     ("function", "arguments", "reason"),
-    [(bytearray, (1 << 62,), "out of memory"), (os._exit, (1,), "killed")],
+    [
+        (bytearray, (1 << 62,), "out of memory"),
+        pytest.param(os._exit, (1,), "killed", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_process_without_a_result_says_why(
     function: Callable[..., Any], arguments: tuple[int, ...], reason: str

@@ -22,7 +22,7 @@ CKA = importlib.import_module("kdfast.ops.cka")
 KERNELS = importlib.import_module("kdfast.ops.attention_kl")  # the name in kdfast.ops is a function
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = ("80", "90a")
+ARCHITECTURES = [pytest.param("80", marks=pytest.mark.triton), "90a"]
 SIMULATED = ("attention_kl", "attention_map_kl")
 # wgmma that waits for itself: for want of registers, or because other code touches them.
 SERIALISED = re.compile(r"\(C75(?!19)\d\d\)|wgmma.*serialized")
@@ -47,10 +47,12 @@ def compiled(source, architecture, folder):
 
 
 @pytest.fixture(scope="module")
-def compilations(tmp_path_factory):
-    """Every source for every architecture, compiled once, two at a time."""
+def compilations(request, tmp_path_factory):
+    """Every source for every chosen architecture, compiled once, two at a time."""
     folder = tmp_path_factory.mktemp("cubin")
-    keys = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
+    chosen = [getattr(item, "callspec", None) for item in request.session.items]
+    parameters = [x.params for x in chosen if x is not None and "source" in x.params]
+    keys = [(x["source"], x["architecture"]) for x in parameters]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda key: compiled(*key, folder), keys))
     return dict(zip(keys, results, strict=True))

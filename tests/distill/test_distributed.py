@@ -10,7 +10,7 @@ import pytest
         # Means over tokens, stages of which the first reach no head, weight decay meanwhile.
         ("internal", {"schedule": "stacked", "cosine_rows": "tokens"}),
         # Outputs other than logits, a pooler that no loss reaches.
-        ("embedding", {}),
+        pytest.param("embedding", {}, marks=pytest.mark.exhaustive),
         # Losses that couple samples, a memory, parameters of the recipe's own.
         (
             "custom",

@@ -437,6 +437,8 @@ def start(config, *changes):
         text=True,
         # As many threads as this process, so that sums come out bit for bit the same.
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        # What a shell starts in the background is deaf to it, and so would this be.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

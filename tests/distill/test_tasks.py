@@ -151,10 +151,10 @@ def test_the_papers_glue_configuration_runs_on_a_folder_of_the_layout(
 @pytest.mark.parametrize(
     ("config", "teacher_layers", "layers", "change"),
     [
-        pytest.param("bert4", 12, 4, "student.base=teacher", marks=pytest.mark.slow),
+        pytest.param("bert4", 12, 4, "student.base=teacher", marks=pytest.mark.exhaustive),
         ("distilroberta", 8, 6, "student.base={narrow}"),
         ("bilstm", 4, 2, "student.width=16"),
-        ("cnn", 4, 4, "student.width=16"),
+        pytest.param("cnn", 4, 4, "student.width=16", marks=pytest.mark.exhaustive),
     ],
 )
 def test_the_other_glue_configurations_run_on_a_folder_of_the_layout(
