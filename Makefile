@@ -155,9 +155,7 @@ clean:  ## remove build outputs and caches; the environment and runs/ stay
 # A stamp is written last, so a failed step is tried again by the next call.
 # torch comes first and the project is built against it, hence no build isolation.
 # No warnings of conflicts: they would be those of the demo's packages, of which only files are read.
-# What is imported is compiled then; all of it beforehand would take a minute.
-pip := $(VENV)/bin/pip --disable-pip-version-check install --no-warn-conflicts --no-compile \
-	-c constraints.txt
+pip := $(VENV)/bin/pip --disable-pip-version-check install --no-warn-conflicts -c constraints.txt
 # The CUDA library takes minutes to compile, and runs only where there is a driver; the tests compile
 # its sources everywhere.
 comma := ,
