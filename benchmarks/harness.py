@@ -725,12 +725,18 @@ def wrong_rows(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def rounded(results: dict[str, Any]) -> dict[str, Any]:
+    """To five digits, as they are written: the sixth is noise."""
+    found: dict[str, Any] = json.loads(
+        json.dumps(results), parse_float=lambda text: float(f"{float(text):.5g}")
+    )
+    return found
+
+
 def write_json(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    # Seconds to five digits: the sixth is noise.
-    rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.5g}"))
-    partial.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(rounded(results), indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

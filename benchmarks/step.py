@@ -401,7 +401,8 @@ class EagerMemory:
     """Distances and cosines of samples [B, N], extended by zeros, to a memory [C, F]."""
 
     def __init__(self, x: Tensor, memory: Tensor) -> None:
-        self.x, self.memory = F.pad(x, (0, memory.shape[1] - x.shape[1])), memory
+        missing = memory.shape[1] - x.shape[1]
+        self.x, self.memory = F.pad(x, (0, missing)) if missing else x, memory
 
     @classmethod
     def of(cls, x: Tensor, memory: Tensor) -> EagerMemory:
@@ -573,7 +574,11 @@ def measure(
             torch.cuda.empty_cache()
     if "kdfast" in outcomes and "eager" not in outcomes and "eager" not in row.without:
         say("one sample")
-        outcomes = _of_one_sample(pair, row, batch, device)
+        try:
+            outcomes = _of_one_sample(pair, row, batch, device)
+        except Exception as error:
+            outcomes = {}
+            amiss.append(f"one sample: {_reason(error)}")
     right = outcomes.pop("eager", None)
     for name, outcome in outcomes.items():
         if right is not None:

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():  # read when triton is imported: kernels run o
 
 # Interpreted, a Triton kernel takes seconds where others take milliseconds: of each test's cases
 # one in so many is part of `make test`. A prime, so that few options are left out of all of them.
-INTERPRETED = 11
+ONE_IN = 11
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _is_interpreted(item):
             function = item.nodeid.partition("[")[0]
-            if seen[function] % INTERPRETED:
+            if seen[function] % ONE_IN:
                 item.add_marker(pytest.mark.triton)
             seen[function] += 1
     if torch.cuda.is_available():

@@ -13,6 +13,8 @@ from kdfast.ops import dispatch
 @pytest.fixture(autouse=True)
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for kernel in dispatch.KERNELS.values():  # what is not loaded here may be loaded by later tests
+        monkeypatch.setattr(kernel, "_outcome", None)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

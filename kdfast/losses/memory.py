@@ -319,12 +319,9 @@ class ClusteredMemoryLoss(nn.Module):
                         (hidden_t.detach(), self.teacher_width, self.teacher_memory),
                     )
                 ]
-                for name in ("euclidean", "cosine"):
+                for name, psi in (("euclidean", self._euclidean), ("cosine", _cosine)):
                     if name in weights:
-                        student, teacher = (
-                            side.distances(self.eps) if name == "euclidean" else side.cosines()
-                            for side in sides
-                        )
+                        student, teacher = map(psi, sides)
                         found[name] = (student - teacher.to(student.dtype)).square().mean()
             if "memory" in weights:
                 found["memory"] = self._aligned()
@@ -361,6 +358,9 @@ class ClusteredMemoryLoss(nn.Module):
             raise ValueError(f"states {list(hidden.shape)} should have width {width}")
         return flat_states(hidden, attention_mask, padding=self.padding)
 
+    def _euclidean(self, side: SamplesAndMemory) -> torch.Tensor:
+        return side.distances(self.eps)
+
     def _aligned(self) -> torch.Tensor:
         # The teacher's Gram matrix is made once; a moved or converted buffer is another tensor.
         memory = self.teacher_memory
@@ -372,6 +372,10 @@ class ClusteredMemoryLoss(nn.Module):
 def _notice_loaded_memory(module: ClusteredMemoryLoss, _: Any) -> None:
     module._known = not bool(module.teacher_memory.isnan().any())
     module._alignment = None
+
+
+def _cosine(side: SamplesAndMemory) -> torch.Tensor:
+    return side.cosines()
 
 
 def _check_length(hidden: torch.Tensor, max_length: int) -> None:
