@@ -78,12 +78,53 @@ SOURCES = ("kdfast", "kernels", "benchmarks", "csrc")
 # Rows
 
 
+Ask = Callable[..., dict[str, Any]]  # of a role what is to be done, with its arguments
+
+
+@dataclass(frozen=True)
+class Call:
+    """A row of an operator, served by a backend; float64 says what is right."""
+
+    row: Row
+    backend: str
+    right = "float64"
+
+    @property
+    def operator(self) -> str:
+        return self.row.operator
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    def described(self) -> dict[str, Any]:
+        return harness.described(self.row)
+
+    def memory(self) -> tuple[int, int]:
+        return harness.memory_of(self.row)
+
+    def unfit(self, device: torch.device) -> str | None:
+        return None
+
+    def judge(self, ask: Ask, exact: Path, eager: bool) -> dict[str, Any]:
+        """Have what is right written; how far eager is from it, where that is to run."""
+        return ask("judge", "judge", row=asdict(self.row), exact=str(exact), eager=eager)
+
+    def prepare(self, ask: Ask, side: str, exact: Path) -> dict[str, Any]:
+        return ask(side, "prepare", row=asdict(self.row), backend=self.backend, exact=str(exact))
+
+    def wrong(self, reply: dict[str, Any], judged: dict[str, Any]) -> list[str]:
+        found = {"eager": {"error": judged["eager"]}, reply["variant"]: reply}
+        return harness.wrong_outputs(found, self.row.dtype)
+
+
 @dataclass(frozen=True)
 class Step:
-    """A variant of a row of the suite `step`."""
+    """A variant of a row of the suite `step`; eager losses say what is right."""
 
     row: step.Row
     variant: str
+    right = "eager"
 
     @property
     def operator(self) -> str:
@@ -102,6 +143,22 @@ class Step:
         """As `harness.memory_of`: of this variant alone."""
         others = tuple(name for name in step.VARIANTS if name != self.variant)
         return step.needed(replace(self.row, without=others))
+
+    def unfit(self, device: torch.device) -> str | None:
+        return step.unfit(self.row, device)
+
+    def judge(self, ask: Ask, exact: Path, eager: bool) -> dict[str, Any]:
+        """Have what is right written, where eager is to run; soft labels are nobody's kernel."""
+        if not eager or self.variant != "kdfast":
+            return {}
+        return ask("judge", "judge_step", row=asdict(self.row), exact=str(exact))
+
+    def prepare(self, ask: Ask, side: str, exact: Path) -> dict[str, Any]:
+        right = str(exact) if exact.exists() else None
+        return ask(side, "prepare_step", row=asdict(self.row), variant=self.variant, exact=right)
+
+    def wrong(self, reply: dict[str, Any], judged: dict[str, Any]) -> list[str]:
+        return step.wrong(reply["error"], self.row.dtype) if reply["error"] else []
 
 
 def steps_of(which: str, only: str) -> list[Step]:
@@ -568,10 +625,10 @@ def run(
     """
     check_backend(backend, device)
     which = which or device.type
-    rows: Sequence[Row | Step] = (
+    rows: Sequence[Call | Step] = (
         steps_of(which, only)
         if list(operators) == ["step"]
-        else harness.rows_of(operators, which, only)
+        else [Call(row, backend) for row in harness.rows_of(operators, which, only)]
     )
     if seconds is None:
         seconds = 2.0 if which == "quick" else 15.0 if device.type == "cpu" else 3.0
@@ -601,7 +658,7 @@ def run(
         for row in rows:
             say(f"{row.operator} {row.name}")
             results["rows"].append(
-                _compare(row, workers, device, backend, seconds, tolerance, scratch / "exact.pt")
+                _compare(row, workers, device, seconds, tolerance, scratch / "exact.pt")
             )
             write(results)
             advance()
@@ -622,16 +679,15 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def _compare(
-    row: Row | Step,
+    row: Call | Step,
     workers: dict[str, Worker],
     device: torch.device,
-    backend: str,
     seconds: float,
     tolerance: float,
     exact: Path,
 ) -> dict[str, Any]:
     record: dict[str, Any] = {
-        **(row.described() if isinstance(row, Step) else harness.described(row)),
+        **row.described(),
         "variants": dict.fromkeys(SIDES),
         "seconds": {side: [] for side in SIDES},
         "error": dict.fromkeys(SIDES),
@@ -641,11 +697,8 @@ def _compare(
         "others": None,
         "wrong": {side: [] for side in SIDES},
     }
-    problem, dense = row.memory() if isinstance(row, Step) else harness.memory_of(row)
-    reason = harness.too_large(2 * problem, device)  # two processes hold it
-    if isinstance(row, Step):
-        reason = step.unfit(row.row, device) or reason
-    if reason:
+    problem, dense = row.memory()  # two processes hold the first
+    if reason := row.unfit(device) or harness.too_large(2 * problem, device):
         return record | {"skipped": reason}
 
     def ask(role: str, what: str, **arguments: Any) -> dict[str, Any]:
@@ -655,32 +708,15 @@ def _compare(
             return {"skipped": str(error)}
 
     eager = harness.too_large(problem + dense, device) is None
-    if isinstance(row, Step):
-        of_step: dict[str, Any] = {"row": asdict(row.row), "variant": row.variant}
-        of_step["exact"] = None
-        if eager and row.variant == "kdfast":  # soft labels are nobody's kernel
-            judged = ask("judge", "judge_step", row=of_step["row"], exact=str(exact))
-            if reason := judged.get("skipped"):
-                return record | {"skipped": f"eager: {reason}"}
-            of_step["exact"] = str(exact)
-        ready = {side: ask(side, "prepare_step", **of_step) for side in SIDES}
-        exact.unlink(missing_ok=True)
-    else:
-        request = {"row": asdict(row), "exact": str(exact)}
-        judged = ask("judge", "judge", **request, eager=eager)
-        if reason := judged.get("skipped"):
-            return record | {"skipped": f"float64: {reason}"}
-        ready = {side: ask(side, "prepare", **request, backend=backend) for side in SIDES}
-        exact.unlink()
+    judged = row.judge(ask, exact, eager)
+    if reason := judged.get("skipped"):
+        return record | {"skipped": f"{row.right}: {reason}"}
+    ready = {side: row.prepare(ask, side, exact) for side in SIDES}
+    exact.unlink(missing_ok=True)
     for side, reply in ready.items():
-        if "variant" not in reply:
-            continue
-        record["variants"][side], record["error"][side] = reply["variant"], reply["error"]
-        if not isinstance(row, Step):
-            found = {"eager": {"error": judged["eager"]}, reply["variant"]: reply}
-            record["wrong"][side] = harness.wrong_outputs(found, row.dtype)
-        elif reply["error"]:
-            record["wrong"][side] = step.wrong(reply["error"], row.row.dtype)
+        if "variant" in reply:
+            record["variants"][side], record["error"][side] = reply["variant"], reply["error"]
+            record["wrong"][side] = row.wrong(reply, judged)
     reasons = {side: reply["skipped"] for side, reply in ready.items() if "skipped" in reply}
     ours = [worker.process.pid for worker in workers.values() if worker.process is not None]
     others = harness.OtherWork(ours) if device.type == "cpu" else None

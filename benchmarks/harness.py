@@ -444,25 +444,9 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        import psutil
-    except ModuleNotFoundError:  # `make gpu` asks for no more than PyTorch and pytest
-        return None
-    free: int = psutil.virtual_memory().available
-    # A container is killed at its own limit; files that it has read count as used, but give way.
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            files = [Path("/sys/fs/cgroup", name) for name in (limit, used)]
-            most, taken = (int(file.read_text()) for file in files)
-            said = files[0].with_name("memory.stat").read_text()
-        except (OSError, ValueError):  # there is none, or it is "max"
-            continue
-        cached = re.search(r"^(?:total_)?inactive_file (\d+)$", said, re.MULTILINE)
-        free = min(free, most - taken + (int(cached[1]) if cached else 0))
-    return max(free, 0)
+    from kdfast import system  # not there in older revisions, which --against runs
+
+    return system.free_memory()
 
 
 def peak_on_cuda(problem: Problem, row: Row, steps: tuple[Any, Any]) -> dict[str, int]:

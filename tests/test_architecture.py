@@ -12,8 +12,8 @@ OPERATORS = ("attention_kl", "attention_map_kl", "cka", "layer_projection", "pro
 WITH_KERNELS = ("attention_kl", "attention_map_kl", "cka", "layer_projection")
 MAPPED = ("kernels", "benchmarks")  # top-level folders that are installed inside kdfast
 
-# What each room may import of kdfast, besides itself and the two bottom rooms.
-BOTTOM = {"errors", "captured"}
+# What each room may import of kdfast, besides itself and the bottom rooms.
+BOTTOM = {"errors", "captured", "system"}
 MAY_IMPORT: dict[str, set[str]] = {room: set() for room in ("kernels", "reference", *BOTTOM)}
 for room, below in (
     ("ops", {"kernels", "reference"}),

@@ -18,6 +18,7 @@ from kdfast.recipes.layer_map import layer_map as resolve_layer_map
 from kdfast.recipes.recipe import Fitted, Recipe, Term
 from kdfast.recipes.schedule import Moment, Weight
 from kdfast.recipes.terms import HiddenTerm, active_pairs, needs_of_pairs, output_terms
+from kdfast.system import free_memory
 
 
 class Memory(Fitted):
@@ -218,20 +219,18 @@ def fsd(
 
 
 def _check_memory(clusters: int, length: int, width_s: int, width_t: int, pairs: int) -> str:
-    """How large the memories are; InputError where they do not fit in this machine's memory."""
-    import psutil
-
+    """How large the memories are; InputError where they do not fit into the memory that is free."""
     values = pairs * clusters * length * width_s
     # All pairs are fitted at once, from 3 samples a centroid, which one of them at a time joins up.
     fit = (FIRST_SAMPLES * pairs + 4) * 4 * clusters * length * width_t
     size = max(pairs * memory_bytes(clusters, length, width_s, width_t), fit)
-    free = psutil.virtual_memory().available
+    free = free_memory()
     shown = (
         f"student memory {clusters} × {length} × {width_s}"
         + (f" for each of {pairs} pairs" if pairs > 1 else "")
         + f" = {values / 1e6:.1f} M values"
     )
-    if size > free:
+    if free is not None and size > free:
         raise InputError(
             f"{shown}: the memories, with gradient and optimizer state, take {size / 1e9:.1f} GB, "
             f"and {free / 1e9:.1f} GB are free: lower the recipe's clusters or data.max_length"
