@@ -112,9 +112,9 @@ def test_operator_with_kernels_has_its_file_in_each_room(operator: str, file: st
 def test_import_is_quick_and_needs_only_torch() -> None:
     probe = (
         "import sys, time, torch\n"
-        "before, start = set(sys.modules), time.perf_counter()\n"
+        "before, start = set(sys.modules), time.process_time()\n"
         "import kdfast\n"
-        "print(time.perf_counter() - start)\n"
+        "print(time.process_time() - start)\n"
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
     )
     runs = [
