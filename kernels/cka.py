@@ -816,16 +816,21 @@ def _feature_products(
     y += problem * problem_stride_y
     start_x, mean_x = start_x + problem * d_x, mean_x + problem * d_x
     start_y, mean_y = start_y + problem * d_y, mean_y + problem * d_y
-    # a and b are the operands: X and Y, or the other way round.
-    swapped = j < i
-    a, b = tl.where(swapped, y, x), tl.where(swapped, x, y)
+    # a and b are the operands: X and Y, or the other way round; always X and Y of two dtypes, which
+    # do not agree and of which one address can not be chosen.
+    if x.dtype == y.dtype:
+        swapped = j < i
+        a, b = tl.where(swapped, y, x), tl.where(swapped, x, y)
+    else:
+        swapped = False
+        a, b = x, y
     start_a, start_b = tl.where(swapped, start_y, start_x), tl.where(swapped, start_x, start_y)
     mean_a, mean_b = tl.where(swapped, mean_y, mean_x), tl.where(swapped, mean_x, mean_y)
     stride_a = tl.where(swapped, row_stride_y, row_stride_x)
     stride_b = tl.where(swapped, row_stride_x, row_stride_y)
     d_a, d_b = tl.where(swapped, d_y, d_x), tl.where(swapped, d_x, d_y)
-    column_a = tl.minimum(i, j) * BLOCK + tl.arange(0, BLOCK)
-    column_b = tl.maximum(i, j) * BLOCK + tl.arange(0, BLOCK)
+    column_a = tl.where(swapped, j, i) * BLOCK + tl.arange(0, BLOCK)
+    column_b = tl.where(swapped, i, j) * BLOCK + tl.arange(0, BLOCK)
     product = tl.zeros([BLOCK, BLOCK], tl.float32)
     for begin in range(split * split_size, tl.minimum((split + 1) * split_size, n), BLOCK_K):
         row = begin + tl.arange(0, BLOCK_K)
@@ -876,9 +881,69 @@ def _feature_inner(
 
 
 @triton.jit
+def _feature_edge(
+    x,
+    edge,
+    starts,
+    means,
+    kept,
+    grad,
+    unit,
+    layers,
+    widths,
+    problem_strides,
+    row_strides,
+    centres,
+    products,
+    strides_in,
+    strides_out,
+    rows_of_grad,
+    grad_strides,
+    root,
+    problem,
+    row,
+    valid,
+    column,
+    layer,
+    problems,
+    d,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """c_ij X_j (X_jᵀ X_i) of one neighbour j, whose features are x."""
+    neighbour, width = _of(layers, edge), _of(widths, edge)
+    at = x + problem * _of(problem_strides, edge)
+    centre = _of(centres, edge) + problem * width
+    product = kept + _of(products, edge) + problem * width * d
+    stride_in, stride_out = _of(strides_in, edge), _of(strides_out, edge)
+    root_other = tl.sqrt_rn(tl.load(unit + tl.cast(neighbour, tl.int64) * problems + problem))
+    pair = tl.cast(_of(rows_of_grad, edge), tl.int64)
+    upstream = tl.load(grad + pair * grad_strides[0] + problem * grad_strides[1])
+    upstream = upstream * tl.where(neighbour == layer, 2.0, 1.0) / root_other
+    row_stride = _of(row_strides, edge)
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for begin in range(0, width, BLOCK_K):
+        inner = begin + tl.arange(0, BLOCK_K)
+        features = _centred(
+            at, row_stride, starts + centre, means + centre, row, valid, inner, width
+        )
+        where = inner.to(tl.int64)[:, None] * stride_in
+        where += column.to(tl.int64)[None, :] * stride_out
+        mask = (inner < width)[:, None] & (column < d)[None, :]
+        block = tl.load(product + where, mask=mask, other=0.0)
+        block = (block / (root * root_other)).to(OPERAND)
+        total = tl.dot(features.to(OPERAND), block, total, input_precision=PRECISION)
+    return total * upstream
+
+
+@triton.jit
 def _feature_apply(
     out,
     x,
+    others,
     starts,
     means,
     kept,
@@ -899,6 +964,7 @@ def _feature_apply(
     grad_strides,
     own,
     layer,
+    alike,
     degree,
     problems,
     n,
@@ -909,7 +975,11 @@ def _feature_apply(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A tile of the gradient of one layer: Σ_j c_ij X_j (X_jᵀ X_i), over its neighbours j."""
+    """A tile of the gradient of one layer: Σ_j c_ij X_j (X_jᵀ X_i), over its neighbours j.
+
+    The first `alike` have the layer's dtype and are in `x`, with the layer itself; those of another
+    dtype are in `others`.
+    """
     tiles, chunks = tl.cdiv(n, BLOCK), tl.cdiv(d, BLOCK_D)
     chunk, program = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     tile, p = program % tiles, program // tiles
@@ -920,36 +990,24 @@ def _feature_apply(
     inside = column < d
     root = tl.sqrt_rn(tl.load(unit + tl.cast(layer, tl.int64) * problems + problem))
     gradient = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for edge in range(degree):
-        neighbour, width = _of(layers, edge), _of(widths, edge)
-        at = _of(x, edge) + problem * _of(problem_strides, edge)
-        centre = _of(centres, edge) + problem * width
-        product = kept + _of(products, edge) + problem * width * d
-        stride_in, stride_out = _of(strides_in, edge), _of(strides_out, edge)
-        root_other = tl.sqrt_rn(tl.load(unit + tl.cast(neighbour, tl.int64) * problems + problem))
-        pair = tl.cast(_of(rows_of_grad, edge), tl.int64)
-        upstream = tl.load(grad + pair * grad_strides[0] + problem * grad_strides[1])
-        upstream = upstream * tl.where(neighbour == layer, 2.0, 1.0) / root_other
-        row_stride = _of(row_strides, edge)
-        sum_of_edge = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-        for begin in range(0, width, BLOCK_K):
-            inner = begin + tl.arange(0, BLOCK_K)
-            features = _centred(
-                at, row_stride, starts + centre, means + centre, row, valid, inner, width
-            )
-            where = inner.to(tl.int64)[:, None] * stride_in
-            where += column.to(tl.int64)[None, :] * stride_out
-            block = tl.load(
-                product + where, mask=(inner < width)[:, None] & inside[None, :], other=0.0
-            )
-            block = (block / (root * root_other)).to(OPERAND)
-            sum_of_edge = tl.dot(
-                features.to(OPERAND), block, sum_of_edge, input_precision=PRECISION
-            )
-        gradient += sum_of_edge * upstream
+    for edge in range(alike):
+        gradient += _feature_edge(
+            _of(x, edge), edge, starts, means, kept, grad, unit, layers, widths, problem_strides,
+            row_strides, centres, products, strides_in, strides_out, rows_of_grad, grad_strides,
+            root, problem, row, valid, column, layer, problems, d, OPERAND, PRECISION, BLOCK,
+            BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+    if others is not None:
+        for edge in range(alike, degree):
+            gradient += _feature_edge(
+                _of(others, edge - alike), edge, starts, means, kept, grad, unit, layers, widths,
+                problem_strides, row_strides, centres, products, strides_in, strides_out,
+                rows_of_grad, grad_strides, root, problem, row, valid, column, layer, problems, d,
+                OPERAND, PRECISION, BLOCK, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
     gradient = gradient * (2.0 / root)
     if weights is not None:
-        at = _of(x, own) + problem * _of(problem_strides, own)
+        at = _of(x, len(x) - 1) + problem * _of(problem_strides, own)
         centre = _of(centres, own) + problem * d
         features = _centred(
             at, _of(row_strides, own), starts + centre, means + centre, row, valid, column, d
@@ -1071,6 +1129,11 @@ def operand(x: Tensor, *, gradient: bool = False) -> tuple[Any, str]:
     if x.dtype == torch.float32:
         return tl.float32, "tf32x3" if nvidia else "ieee"
     return tl.float32, "tf32" if nvidia else "ieee"
+
+
+def widest(layers: Sequence[Tensor]) -> Tensor:
+    """One of most bytes, which the launch of a kernel that reads all goes by."""
+    return max(layers, key=lambda x: x.dtype.itemsize)
 
 
 def _operands(x: Tensor) -> dict[str, Any]:
@@ -1262,6 +1325,11 @@ def _gram_into(
         )  # fmt: skip
 
 
+def _strip_block(layers: Sequence[Tensor]) -> int:
+    """What the rows of strips are a multiple of: the tiles of Gram matrices, of every layer."""
+    return max(int(launch_parameters("gram", x)["BLOCK"]) for x in layers)
+
+
 def _strips(
     layers: int, problems: int, n: int, block: int
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
@@ -1296,7 +1364,7 @@ def _on_chip(
     layers: Sequence[Tensor], pairs: Sequence[int], bandwidths: Sequence[float], side: str
 ) -> bool:
     """Whether `_pairs_forward` and `_pairs_backward` serve these."""
-    first = layers[0]
+    first = widest(layers)
     most = ON_CHIP_BY_ARCHITECTURE.get(architecture(first.device), ON_CHIP)[first.dtype.itemsize]
     if side != "tiles" or bandwidths or first.shape[1] > most:
         return False
@@ -1325,6 +1393,18 @@ def _pair_tuples(layers: Sequence[Tensor], entries: Sequence[tuple[int, ...]]) -
         arguments[f"problem_strides_{name}"] = tuple(x.stride(0) for x in side)
         arguments[f"row_strides_{name}"] = tuple(x.stride(1) for x in side)
     return arguments
+
+
+def _launches(
+    layers: Sequence[Tensor], entries: Sequence[tuple[int, ...]]
+) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Up to PAIRS entries (i, j, ...) at a time, whose first layers share a dtype, and second."""
+    of_dtypes: dict[Any, list[tuple[int, ...]]] = {}
+    for entry in entries:
+        of_dtypes.setdefault(tuple(layers[i].dtype for i in entry[:2]), []).append(entry)
+    for alike in of_dtypes.values():
+        for begin in range(0, len(alike), PAIRS):
+            yield alike[begin : begin + PAIRS]
 
 
 def _offsets(layers: Sequence[Tensor]) -> list[int]:
@@ -1390,7 +1470,7 @@ def forward(
     shifts = (None, None)
     if unbiased and not bandwidths:
         shifts = _shifts(-sums, rows, True)
-    block = launch_parameters("gram", made[0])["BLOCK"]
+    block = _strip_block(made)
     tile_count = triton.cdiv(n, inner_block(made[0])) ** 2
     partial = (empty(tile_count, *inner.shape), empty(tile_count, *inner.shape))
     for first, sizes_ in _strips(len(made), problems, n, block):
@@ -1426,15 +1506,15 @@ def _forward_on_chip(
     problems, n = layers[0].shape[:2]
     entries = _pair_entries(layers, pairs)
     offsets = _offsets(layers)
-    for begin in range(0, len(entries), PAIRS):
-        some = entries[begin : begin + PAIRS]
+    for some in _launches(layers, entries):
+        like = widest([layers[i] for i in some[0][:2]])
         with torch.cuda.device_of(unit):
             _pairs_forward[(len(some) * problems,)](
                 inner, unit, means, kept, mask=rows.mask, first=rows.first, counts=rows.valid,
                 **_pair_tuples(layers, some), means_s=tuple(offsets[entry[0]] for entry in some),
                 means_t=tuple(offsets[entry[1]] for entry in some), problems=problems, n=n,
-                KEEP=keep, UNBIASED=unbiased, **_operands(layers[0]), BLOCK=_whole_block(n),
-                **launch_parameters("pairs_forward", layers[0]),
+                KEEP=keep, UNBIASED=unbiased, **_operands(like), BLOCK=_whole_block(n),
+                **launch_parameters("pairs_forward", like),
             )  # fmt: skip
 
 
@@ -1539,10 +1619,12 @@ def _forward_feature(
     kept = centres[0].start.new_empty(
         (problems * sum(layers[i].shape[2] * layers[j].shape[2] for i, j in listed),)
     )
-    launch = launch_parameters("feature_products", first)
-    block, at = launch["BLOCK"], 0
+    at, blocks = 0, []
     for i, j in listed:
         x, y = layers[i], layers[j]
+        like = widest([x, y])
+        launch = launch_parameters("feature_products", like)
+        block = launch["BLOCK"]
         d_x, d_y = x.shape[2], y.shape[2]
         size = problems * d_x * d_y
         product = kept[at : at + size]
@@ -1553,11 +1635,12 @@ def _forward_feature(
             _feature_products[(tiles * problems * splits,)](
                 partial, x, y, *centres[i], *centres[j], rows.mask, x.stride(0), y.stride(0),
                 x.stride(1), y.stride(1), split_size, problems, n, d_x, d_y, SAME=i == j,
-                **_operands(x), **launch,
+                **_operands(like), **launch,
             )  # fmt: skip
         if splits > 1:
             product.copy_(_sum(partial))
         products.append(product.view(problems, d_x, d_y))
+        blocks.append(block)
         at += size
 
     selves = {i: k for k, (i, j) in enumerate(listed) if i == j}
@@ -1572,7 +1655,7 @@ def _forward_feature(
     inner = torch.stack(
         [
             _square_of_product(product, unit[i], unit[j], block)
-            for product, (i, j) in zip(products, listed, strict=True)
+            for product, block, (i, j) in zip(products, blocks, listed, strict=True)
         ]
     )
     squares = inner
@@ -1657,8 +1740,8 @@ def _backward_on_chip(
             entries.append((i, j, cross, own_i, own_j))
         if j in out and j != i:
             entries.append((j, i, cross, own_j, own_i))
-    for begin in range(0, len(entries), PAIRS):
-        some = entries[begin : begin + PAIRS]
+    for some in _launches(layers, entries):
+        like = widest([layers[i] for i in some[0][:2]])
         tuples = _pair_tuples(layers, some)
         del tuples["rows_t"]
         with torch.cuda.device_of(unit):
@@ -1666,9 +1749,9 @@ def _backward_on_chip(
                 tuple(out[entry[0]] for entry in some),
                 grad, unit, mask=rows.mask, first=rows.first, counts=rows.valid,
                 **tuples, grad_strides=grad.stride(), problems=problems, n=n,
-                UNBIASED=unbiased, **_operands(layers[0]),
-                **{f"{k}_M": v for k, v in _operands_of_gradient(layers[0]).items()},
-                BLOCK=_whole_block(n), **launch_parameters("pairs_backward", layers[0]),
+                UNBIASED=unbiased, **_operands(like),
+                **{f"{k}_M": v for k, v in _operands_of_gradient(like).items()},
+                BLOCK=_whole_block(n), **launch_parameters("pairs_backward", like),
             )  # fmt: skip
 
 
@@ -1735,7 +1818,7 @@ def _backward_by_strips(
     if bandwidths or unbiased:
         sums = torch.stack([kept.view(len(layers), problems, n)[i] for i in needed])
         shifts = _shifts(sums if bandwidths else -sums, rows, unbiased)
-    block = launch_parameters("gram", layers[0])["BLOCK"]
+    block = _strip_block(layers)
     for first, sizes in _strips(len(needed), problems, n, block):
         strip = unit.new_empty((len(needed), *sizes, n))
         for k, i in enumerate(needed):
@@ -1774,7 +1857,8 @@ def _backward_feature(
         total = _sum(norms.flatten(0, 1).T).view_as(unit)
     for i, gradient in out.items():
         x, d = layers[i], layers[i].shape[2]
-        edges = _edges(pairs, i)
+        # Neighbours of the layer's dtype first.
+        edges = sorted(_edges(pairs, i), key=lambda edge: layers[edge[1]].dtype != x.dtype)
         weights = columns = None
         if norms is not None:
             n_ = rows.valid
@@ -1791,11 +1875,13 @@ def _backward_feature(
         neighbours = [j for _, j in edges]
         forward_ = [pairs[2 * k] == i for k, _ in edges]  # of X_iᵀ X_j, not X_jᵀ X_i
         listed = [layers[j] for j in neighbours] + [x]
+        others = tuple(y for y in listed if y.dtype != x.dtype)
+        alike = len(edges) - len(others)
         launch = launch_parameters("feature_apply", x)
         tiles = triton.cdiv(n, launch["BLOCK"]) * triton.cdiv(d, launch["BLOCK_D"])
         with torch.cuda.device_of(x):
             _feature_apply[(tiles * problems,)](
-                gradient, tuple(listed), starts, means, kept, grad, unit, weights, columns,
+                gradient, (*listed[:alike], x), others or None, starts, means, kept, grad, unit, weights, columns,
                 rows.mask, (*neighbours, i), tuple(y.shape[2] for y in listed),
                 tuple(y.stride(0) for y in listed), tuple(y.stride(1) for y in listed),
                 tuple(offsets[j] for j in (*neighbours, i)),
@@ -1803,6 +1889,6 @@ def _backward_feature(
                 tuple(1 if ahead else d for ahead in forward_),
                 tuple(y.shape[2] if ahead else 1
                       for ahead, y in zip(forward_, listed[:-1], strict=True)),
-                tuple(k for k, _ in edges), grad.stride(), len(edges), i, len(edges), problems, n,
-                d, **_operands_of_gradient(x), **launch,
+                tuple(k for k, _ in edges), grad.stride(), len(edges), i, alike, len(edges),
+                problems, n, d, **_operands_of_gradient(x), **launch,
             )  # fmt: skip

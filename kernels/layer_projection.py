@@ -913,6 +913,11 @@ def kinds(x: Tensor, rows_t: int) -> tuple[Any, ...]:
     return (tl.float32, single, "ieee" if rows_t <= 16 else single, tl.float32, single)
 
 
+def wider(x: Tensor, y: Tensor) -> Tensor:
+    """The one of more bytes, which the launch of a kernel that reads both goes by."""
+    return y if y.dtype.itemsize > x.dtype.itemsize else x
+
+
 def _strides(layers: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of all layers, or of one for all."""
     first, second = (tuple(x.stride(k) for x in layers) for k in (0, 1))
@@ -941,7 +946,7 @@ def _launch(
 ) -> None:
     """`outputs` is the number of tensors that the kernel writes, which `others` hold; with `square`
     both sides have as many rows, with `teacher` products sum over student layers."""
-    x = layers_s[0]
+    x = wider(layers_s[0], layers_t[0])
     tokens, count, d = x.shape[0] * x.shape[1], x.shape[1], x.shape[2]
     if tokens == 0:
         return
@@ -1089,7 +1094,8 @@ def loss_backward(
         # Two programs fit on a processor, where nothing spills.
         x = layers_s[0]
         few = objective == "mse" and not losses and not arguments["teacher"]
-        few = few and architecture(x.device) == "sm_90" and x.dtype == torch.bfloat16
+        few = few and architecture(x.device) == "sm_90"
+        few = few and x.dtype == layers_t[0].dtype == torch.bfloat16
         few = few and x.shape[2] % 16 == 0 and len(layers_s) <= 8 and len(layers_t) <= 16
         _launch(
             _loss, layers_s, layers_t, mask, square=losses and objective == "kl", rows=None,

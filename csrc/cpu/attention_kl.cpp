@@ -121,6 +121,7 @@ Side side_of(const Tensor& query, const Tensor& key, double scale) {
     Side side{};
     side.query = static_cast<const char*>(query.data_ptr());
     side.key = static_cast<const char*>(key.data_ptr());
+    side.storage = kdfast::storage_of(query);
     for (int i = 0; i < 3; i++) {
         side.query_stride[i] = query.stride(i);
         side.key_stride[i] = key.stride(i);
@@ -143,7 +144,7 @@ struct Call {
          bool mean_heads, const std::string& direction)
         : visibility(query_s[0].size(0), query_s[0].size(2), key_s[0].size(2), masks) {
         problem.direction = kdfast::direction_of(direction);
-        problem.storage = kdfast::storage_of(query_s[0]);
+        problem.f64 = kdfast::storage_of(query_s[0]) == F64;
         problem.mean_heads = mean_heads;
         problem.batch = query_s[0].size(0);
         problem.queries = query_s[0].size(2);

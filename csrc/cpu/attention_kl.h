@@ -15,6 +15,7 @@ using namespace kdfast;
 // One model's half of a layer pair: queries [B, H, Nq, d] and keys [B, H_kv, Nk, d].
 struct Side {
     const char *query, *key;
+    Storage storage;
     int64_t query_stride[3], key_stride[3];  // of batch, head, token, in elements
     int64_t heads, key_heads, width;
     double scale;
@@ -44,7 +45,8 @@ struct Item {
 
 struct Problem {
     Direction direction;
-    Storage storage, gradient_storage;
+    Storage gradient_storage;
+    bool f64;  // computed in double, and then both sides are stored so
     bool mean_heads, gradients, tokens_first;
     int64_t batch, queries, keys, heads_s, heads_t;  // heads of all pairs
     const Pair* pairs;

@@ -83,15 +83,16 @@ struct Ahead {
     Ahead(const Problem& problem, const Item* next) {
         if (next == nullptr || problem.mean_heads) return;
         const Pair& pair = problem.pairs[next->pair];
-        const int64_t size = size_of(problem.storage);
-        const int64_t total =
-            (problem.queries + problem.keys) * (pair.s.width + pair.t.width) * size;
+        const int64_t bytes_a_line =
+            pair.s.width * size_of(pair.s.storage) + pair.t.width * size_of(pair.t.storage);
+        const int64_t total = (problem.queries + problem.keys) * bytes_a_line;
         if (next->parts > 1 || total > MOST_BYTES) return;
         const int64_t head = next->key_head * (pair.s.heads / pair.s.key_heads);
         const Side* sides[2] = {&pair.t, &pair.s};
         for (int i = 0; i < 2; i++) {
             const Side& side = *sides[i];
-            const int64_t key_head = head / (side.heads / side.key_heads), bytes = side.width * size;
+            const int64_t key_head = head / (side.heads / side.key_heads);
+            const int64_t size = size_of(side.storage), bytes = side.width * size;
             const auto of = [&](const char* start, const int64_t* stride, int64_t h, int64_t n) {
                 const int64_t offset = next->batch * stride[0] + h * stride[1];
                 return Rows{start + offset * size, bytes, stride[2] * size, n};
@@ -257,7 +258,7 @@ struct Scratch {
 template <class Real>
 static const Real* keys_of(const Problem& problem, const Side& side, const Visible& visible,
                            int64_t batch, int64_t head, Real* copy, bool fill) {
-    const int64_t size = size_of(problem.storage);
+    const int64_t size = size_of(side.storage);
     const char* start = side.key + (batch * side.key_stride[0] + head * side.key_stride[1]) * size;
     const int64_t stride = round_up(side.width, LANES<Real>);
     const bool dense = side.key_stride[2] == side.width || problem.keys == 1;
@@ -267,7 +268,7 @@ static const Real* keys_of(const Problem& problem, const Side& side, const Visib
     }
     for (int64_t j = 0; fill && j < visible.keys; j++) {
         Real* row = copy + j * stride;
-        read<Real>(problem.storage, start + visible.key[j] * side.key_stride[2] * size, side.width,
+        read<Real>(side.storage, start + visible.key[j] * side.key_stride[2] * size, side.width,
                    Real(1), row);
         for (int64_t c = side.width; c < stride; c++) row[c] = 0;
     }
@@ -285,7 +286,7 @@ static NOINLINE void queries_of(const Problem& problem, const Side& side, const 
         if (i < tile.rows) {
             const int64_t at = batch * side.query_stride[0] + head * side.query_stride[1] +
                                visible.row[tile.row + i] * side.query_stride[2];
-            read<Real>(problem.storage, side.query + at * size_of(problem.storage), side.width,
+            read<Real>(side.storage, side.query + at * size_of(side.storage), side.width,
                        Real(side.scale), row);
         }
         for (int64_t c = i < tile.rows ? side.width : 0; c < stride; c++) row[c] = 0;
@@ -604,7 +605,7 @@ int64_t attention_kl_scratch(const Problem& problem, int64_t pairs) {
     int64_t most = 0;
     for (int64_t i = 0; i < pairs; i++) {
         const Pair& pair = problem.pairs[i];
-        const int64_t size = problem.storage == F64 ? Scratch<double>(problem, pair, nullptr).size
+        const int64_t size = problem.f64 ? Scratch<double>(problem, pair, nullptr).size
                                                     : Scratch<float>(problem, pair, nullptr).size;
         most = size > most ? size : most;
     }
@@ -612,12 +613,12 @@ int64_t attention_kl_scratch(const Problem& problem, int64_t pairs) {
 }
 
 int64_t attention_kl_grad_key(const Problem& problem, const Item& item) {
-    return problem.storage == F64 ? grad_key_bytes<double>(problem, item)
+    return problem.f64 ? grad_key_bytes<double>(problem, item)
                                   : grad_key_bytes<float>(problem, item);
 }
 
 void attention_kl_item(const Problem& problem, Item& item, const Item* next, char* scratch) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         run<double>(problem, item, next, scratch);
     } else {
         run<float>(problem, item, next, scratch);
@@ -625,7 +626,7 @@ void attention_kl_item(const Problem& problem, Item& item, const Item* next, cha
 }
 
 void attention_kl_finish(const Problem& problem, const Item* shares) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         finish<double>(problem, shares);
     } else {
         finish<float>(problem, shares);

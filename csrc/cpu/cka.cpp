@@ -59,7 +59,7 @@ struct Call {
         : side(side_of(side_name)), like(features.at(0)),
           dtype(kdfast::statistics_of(features[0])) {
         size = dtype == torch::headeronly::ScalarType::Double ? 8 : 4;
-        problem.storage = kdfast::storage_of(like);
+        problem.f64 = size == 8;
         problem.rbf = !bandwidths.empty();
         problem.unbiased = unbiased;
         problem.problems = like.size(0);
@@ -71,6 +71,7 @@ struct Call {
             const Tensor& x = features[l];
             Layer layer{};
             layer.x = static_cast<const char*>(x.data_ptr());
+            layer.storage = kdfast::storage_of(x);
             layer.width = x.size(2);
             layer.stride[0] = x.stride(0);
             layer.stride[1] = x.stride(1);
@@ -564,7 +565,7 @@ Tensors backward(const Tensor& grad_inner, const Tensor& unit, const Tensor& mea
         const int64_t bytes = KDFAST_CALL(cka_scratch, problem, GRAM_GRADIENT);
         for_each_item(int64_t(parts.size()), bytes, [&](int64_t i, char* scratch) {
             const Part& part = parts[i];
-            const int64_t row = call.width(part.layer) * int64_t(layers[0].element_size());
+            const int64_t row = call.width(part.layer) * int64_t(layers[part.layer].element_size());
             if (part.begin == 0 && part.row == 0 && problems * n * row > kdfast::MALLOC_KEEPS) {
                 kdfast::touch_pages(call.layers[part.layer].grad + part.problem * n * row, n * row);
             }

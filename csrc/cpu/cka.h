@@ -15,6 +15,7 @@ using namespace kdfast;
 // Features [problems, n, width] whose last dimension is dense; strides of the others, in elements.
 struct Layer {
     const char* x;
+    Storage storage;
     int64_t width, stride[2];
     double sigma;  // rbf: 0 for the default
     void* means;   // Real [problems][width]: of the valid rows, less the first of them
@@ -38,8 +39,7 @@ struct Rows {
 };
 
 struct Problem {
-    Storage storage;
-    bool rbf, unbiased;
+    bool f64, rbf, unbiased;  // f64: computed in double, and then every layer is stored so
     int64_t problems, n;
     int64_t layers, pairs;
     const Layer* layer;

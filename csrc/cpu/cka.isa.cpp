@@ -49,10 +49,10 @@ static Real* of_problem(void* all, int64_t problem, int64_t size) {
 template <class Real>
 static inline const Real* segment(const Problem& problem, const Layer& layer, int64_t index,
                                   int64_t row, int64_t begin, int64_t columns, Real* copy) {
-    const int64_t size = size_of(problem.storage);
+    const int64_t size = size_of(layer.storage);
     const char* at = layer.x + (index * layer.stride[0] + row * layer.stride[1] + begin) * size;
     if (size == int64_t(sizeof(Real))) return reinterpret_cast<const Real*>(at);
-    read<Real>(problem.storage, at, columns, Real(1), copy);
+    read<Real>(layer.storage, at, columns, Real(1), copy);
     return copy;
 }
 
@@ -180,7 +180,7 @@ static void mean_of(const Problem& problem, int64_t l, int64_t index, int64_t be
     for (int64_t c = 0; c < columns; c++) first[c] = row[c];
     for (int64_t c = 0; c < columns; c++) mean[c] = 0;
     int64_t r = 1;
-    if (size_of(problem.storage) == int64_t(sizeof(Real))) {
+    if (size_of(layer.storage) == int64_t(sizeof(Real))) {
         for (; r + 4 <= rows.count; r += 4) {  // one pass over the sums for four rows
             const Real* x[4];
             for (int i = 0; i < 4; i++) {
@@ -251,7 +251,7 @@ static int64_t gram_part_scratch(const Problem& problem) {
 static Ahead ahead_of(const Problem& problem, int64_t l, int64_t index, int64_t begin,
                       int64_t columns) {
     const Layer& layer = problem.layer[l];
-    const int64_t size = size_of(problem.storage);
+    const int64_t size = size_of(layer.storage);
     Ahead ahead;
     ahead.start = layer.x + (index * layer.stride[0] + begin) * size;
     ahead.stride = layer.stride[1] * size;
@@ -467,13 +467,13 @@ struct Gradient {
 static void put_row(const Problem& problem, int64_t l, int64_t index, int64_t number,
                     int64_t column, int64_t columns, const char* row, double factor) {
     const Layer& layer = problem.layer[l];
-    const int64_t size = size_of(problem.storage);
+    const int64_t size = size_of(layer.storage);
     const int64_t at = (index * problem.n + problem.rows[index].index[number]) * layer.width;
     char* out = layer.grad + (at + column) * size;
-    if (problem.storage == F64) {
+    if (problem.f64) {
         write<double>(F64, reinterpret_cast<const double*>(row), columns, factor, out);
     } else {
-        write<float>(problem.storage, reinterpret_cast<const float*>(row), columns, float(factor),
+        write<float>(layer.storage, reinterpret_cast<const float*>(row), columns, float(factor),
                      out);
     }
 }
@@ -1008,7 +1008,7 @@ static void norms(const Problem& problem, int64_t l, int64_t index, int64_t begi
 
 // Sizes and functions by the dtype that is computed in.
 #define BY_DTYPE(function, ...) \
-    (problem.storage == F64 ? function<double>(__VA_ARGS__) : function<float>(__VA_ARGS__))
+    (problem.f64 ? function<double>(__VA_ARGS__) : function<float>(__VA_ARGS__))
 #define TYPED(Real, x) reinterpret_cast<Real*>(x)
 
 int64_t cka_scratch(const Problem& problem, Work work) {
@@ -1046,13 +1046,13 @@ void cka_norms(const Problem& problem, int64_t l, int64_t index, int64_t begin, 
 }
 
 int64_t cka_gram_bytes(const Problem& problem) {
-    return problem.storage == F64 ? 8 * padded(problem.n) * Panels<double>(problem.n).columns()
+    return problem.f64 ? 8 * padded(problem.n) * Panels<double>(problem.n).columns()
                                   : 4 * padded(problem.n) * Panels<float>(problem.n).columns();
 }
 
 void cka_gram_part(const Problem& problem, const Part& part, const Part& next, char* sum,
                    char* scratch) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         gram_part<double>(problem, part, next, TYPED(double, sum), scratch);
     } else {
         gram_part<float>(problem, part, next, TYPED(float, sum), scratch);
@@ -1060,7 +1060,7 @@ void cka_gram_part(const Problem& problem, const Part& part, const Part& next, c
 }
 
 void cka_gram_finish(const Problem& problem, int64_t l, int64_t index, char* sums, int64_t parts) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         gram_finish<double>(problem, l, index, TYPED(double, sums), parts);
     } else {
         gram_finish<float>(problem, l, index, TYPED(float, sums), parts);
@@ -1086,7 +1086,7 @@ int64_t cka_feature_bytes(const Problem& problem) {
 
 void cka_feature_part(const Problem& problem, int64_t index, int64_t begin, int64_t end, char* sums,
                       char* scratch) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         feature_part<double>(problem, index, begin, end, TYPED(double, sums), scratch);
     } else {
         feature_part<float>(problem, index, begin, end, TYPED(float, sums), scratch);
@@ -1095,7 +1095,7 @@ void cka_feature_part(const Problem& problem, int64_t index, int64_t begin, int6
 
 void cka_feature_finish(const Problem& problem, int64_t k, int64_t index, char* sums,
                         int64_t parts) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         feature_finish<double>(problem, k, index, TYPED(double, sums), parts,
                                feature_bytes<double>(problem) / 8);
     } else {
@@ -1107,7 +1107,7 @@ void cka_feature_finish(const Problem& problem, int64_t k, int64_t index, char* 
 double cka_feature_inner(const Problem& problem, int64_t k, int64_t index) {
     const Pair& pair = problem.pair[k];
     const int64_t n = problem.layer[pair.i].width * problem.layer[pair.j].width;
-    if (problem.storage == F64) {
+    if (problem.f64) {
         const double* product = of_problem<double>(pair.product, index, n);
         return inner_product<double>(product, product, n);
     }
@@ -1117,7 +1117,7 @@ double cka_feature_inner(const Problem& problem, int64_t k, int64_t index) {
 
 int64_t cka_feature_packed_bytes(const Problem& problem, int64_t l, int64_t other) {
     const int64_t rows = problem.layer[other].width, columns = problem.layer[l].width;
-    if (problem.storage == F64) {
+    if (problem.f64) {
         return 8 * round_up(rows, LANES<double>) * Panels<double>(columns).columns();
     }
     return 4 * round_up(rows, LANES<float>) * Panels<float>(columns).columns();
@@ -1125,7 +1125,7 @@ int64_t cka_feature_packed_bytes(const Problem& problem, int64_t l, int64_t othe
 
 void cka_feature_pack(const Problem& problem, int64_t l, int64_t other, int64_t index, char* packed,
                       char* scratch) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         feature_pack<double>(problem, l, other, index, TYPED(double, packed), scratch);
     } else {
         feature_pack<float>(problem, l, other, index, TYPED(float, packed), scratch);
@@ -1134,7 +1134,7 @@ void cka_feature_pack(const Problem& problem, int64_t l, int64_t other, int64_t 
 
 void cka_feature_shift(const Problem& problem, int64_t l, int64_t index, char* shift,
                        char* scratch) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         feature_shift<double>(problem, l, index, TYPED(double, shift), scratch);
     } else {
         feature_shift<float>(problem, l, index, TYPED(float, shift), scratch);
@@ -1144,7 +1144,7 @@ void cka_feature_shift(const Problem& problem, int64_t l, int64_t index, char* s
 void cka_feature_gradient(const Problem& problem, int64_t l, int64_t index, int64_t begin,
                           int64_t end, const char* const* packed, const char* shift,
                           char* scratch) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         feature_gradient<double>(problem, l, index, begin, end, packed, TYPED(const double, shift),
                                  scratch);
     } else {
@@ -1155,7 +1155,7 @@ void cka_feature_gradient(const Problem& problem, int64_t l, int64_t index, int6
 
 void cka_tile(const Problem& problem, int64_t index, int64_t i, int64_t j, double* inner,
               char* row_sums, char* scratch) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         tile<double>(problem, index, i, j, inner, TYPED(double, row_sums), scratch);
     } else {
         tile<float>(problem, index, i, j, inner, TYPED(float, row_sums), scratch);

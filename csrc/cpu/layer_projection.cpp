@@ -24,22 +24,25 @@ using Mask = std::optional<Tensor>;
 constexpr int64_t CACHES = int64_t(4) << 20;
 
 Layer layer_of(const Tensor& x) {
-    return {static_cast<const char*>(x.data_ptr()), {x.stride(0), x.stride(1)}};
+    return {static_cast<const char*>(x.data_ptr()), {x.stride(0), x.stride(1)},
+            kdfast::storage_of(x)};
 }
 
 // A problem, and the tensors that are made for it.
 struct Call {
     std::unique_ptr<Problem> owned = std::make_unique<Problem>();
     Problem& problem = *owned;
-    const Tensor& like;
+    const Tensor &like, &teacher;
     Tensors made;
 
     Call(Pass pass, const Tensors& layers_s, const Tensors& layers_t, const Mask& mask,
          double scale)
-        : like(layers_s.at(0)) {
+        : like(layers_s.at(0)), teacher(layers_t.at(0)) {
         problem.pass = pass;
         problem.scale = scale;
-        problem.storage = problem.storage_out = kdfast::storage_of(like);
+        problem.f64 = kdfast::storage_of(like) == F64;
+        problem.storage_out[0] = kdfast::storage_of(like);
+        problem.storage_out[1] = kdfast::storage_of(teacher);
         problem.many_s = int64_t(layers_s.size());
         problem.many_t = int64_t(layers_t.size());
         if (problem.many_s > MOST_LAYERS || problem.many_t > MOST_LAYERS)
@@ -75,11 +78,12 @@ struct Call {
     }
 
     // Tensors like the layers, for those of `which`.
-    void make(const std::vector<int64_t>& which, torch::headeronly::ScalarType dtype) {
+    void make(const std::vector<int64_t>& which) {
         for (int64_t i : which) {
-            made.push_back(torch::stable::new_empty(
-                like, {like.size(0), like.size(1), like.size(2)}, dtype));
-            problem.storage_out = kdfast::storage_of(made.back());
+            const Tensor& of_side = i < problem.many_s ? like : teacher;
+            made.push_back(
+                torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2)},
+                                         of_side.scalar_type()));
             problem.out[i] = static_cast<char*>(made.back().data_ptr());
             kdfast::use_large_pages(problem.out[i],
                                     made.back().numel() * int64_t(made.back().element_size()));
@@ -91,16 +95,16 @@ struct Call {
         const int64_t bytes = problem.width * int64_t(like.element_size());
         const int64_t most = (int64_t(2) << 20) / (layers * bytes) + 1;  // 2 MB at a time
         const int64_t share = std::max<int64_t>(1, std::min(most, problem.tokens / 32) / 16) * 16;
-        const int64_t row = problem.width * (problem.storage_out == F64   ? 8
-                                             : problem.storage_out == F32 ? 4
-                                                                          : 2);
-        problem.stream = problem.tokens * row > CACHES;
-        const bool fresh = problem.tokens * row > kdfast::MALLOC_KEEPS;
+        const int64_t rows[2] = {problem.width * int64_t(like.element_size()),
+                                 problem.width * int64_t(teacher.element_size())};
+        problem.stream = problem.tokens * rows[0] > CACHES;
+        const bool fresh = problem.tokens * rows[0] > kdfast::MALLOC_KEEPS;
         kdfast::for_each_item(
             (problem.tokens + share - 1) / share, KDFAST_CALL(layer_projection_scratch, problem),
             [&](int64_t i, char* scratch) {
                 const int64_t begin = i * share, end = std::min(begin + share, problem.tokens);
                 for (int64_t j = 0; fresh && j < layers; j++) {
+                    const int64_t row = rows[j >= problem.many_s];
                     if (problem.out[j] != nullptr)
                         kdfast::touch_pages(problem.out[j] + begin * row, (end - begin) * row);
                 }
@@ -117,7 +121,7 @@ std::vector<int64_t> first(size_t many) {
 
 Tensors project(const Tensors& layers_s, const Tensors& layers_t, const Mask& mask, double scale) {
     Call call(PROJECT, layers_s, layers_t, mask, scale);
-    call.make(first(layers_s.size()), call.like.scalar_type());
+    call.make(first(layers_s.size()));
     call.problem.weights = call.statistics({call.problem.many_s, call.problem.many_t});
     call.run();
     return call.made;
@@ -133,7 +137,7 @@ Tensors project_backward(const Tensors& grad_projected, const Tensor& grad_weigh
     const Tensor known = torch::stable::contiguous(weights);
     call.problem.grad_weights = static_cast<const char*>(dense.data_ptr());
     call.problem.weights = static_cast<char*>(known.data_ptr());
-    call.make(wanted, call.like.scalar_type());
+    call.make(wanted);
     call.run();
     return call.made;
 }
@@ -155,7 +159,7 @@ Tensors loss_gradients(const Tensor& grad_rows, const Tensors& layers_s, const T
     call.set_loss(objective, losses, temperature);
     call.set_upstream(grad_rows);
     if (ROWS) call.problem.rows = call.statistics({call.problem.many_s});
-    call.make(wanted, call.like.scalar_type());
+    call.make(wanted);
     call.run();
     return call.made;
 }

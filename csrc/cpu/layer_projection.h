@@ -21,6 +21,7 @@ constexpr int MOST_LAYERS = 64;  // a side
 struct Layer {
     const char* start;
     int64_t stride[2];
+    Storage storage;
 };
 
 struct Problem {
@@ -28,7 +29,8 @@ struct Problem {
     Objective objective;
     bool losses;  // attend="losses"
     double scale, temperature;
-    Storage storage, storage_out;
+    bool f64;                // computed in double, and then every layer is stored so
+    Storage storage_out[2];  // of what is written for the student, and for the teacher
     int64_t tokens, inner, width, many_s, many_t;  // A B, B, d
     Layer layers[2 * MOST_LAYERS];                 // the student's, then the teacher's
     const bool* mask;                              // [A, B], or null

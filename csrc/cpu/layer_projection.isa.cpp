@@ -411,23 +411,27 @@ struct Group {
         return next - scratch;
     }
 
-    // Whether states are read where they are.
+    static bool is_real(Storage storage) { return storage == F32 || storage == F64; }
+
+    // Whether states are not read where they are: those of a layer, or of any.
+    bool copies(const Layer& layer) const {
+        return !ACROSS || !is_real(layer.storage) || problem.width % lanes != 0;
+    }
     bool copies() const {
-        const bool same = problem.storage == F32 || problem.storage == F64;
-        return !ACROSS || !same || problem.width % lanes != 0;
+        return copies(problem.layers[0]) || copies(problem.layers[many_s]);
     }
 
     // The columns of a layer, of all groups that are read together, one after the other.
     NOINLINE const Real* read_columns(const Layer& layer, Real* to) const {
-        const int64_t size = size_of(problem.storage), width = problem.width;
+        const int64_t size = size_of(layer.storage), width = problem.width;
         const auto from = [&](int64_t k) { return layer.start + at(layer.stride, k) * size; };
         if constexpr (ACROSS) {
-            if (!copies()) return reinterpret_cast<const Real*>(from(0));
-            read<Real>(problem.storage, from(0), width, Real(1), to);
+            if (!copies(layer)) return reinterpret_cast<const Real*>(from(0));
+            read<Real>(layer.storage, from(0), width, Real(1), to);
             for (int64_t c = width; c < end; c++) to[c] = 0;
             return to;
         }
-        const bool same = problem.storage == F32 || problem.storage == F64;
+        const bool same = is_real(layer.storage);
         const bool one_row = problem.tokens == problem.inner ||
                              layer.stride[0] == problem.inner * layer.stride[1];
         if (same && whole && one_row && layer.stride[1] == width) {
@@ -451,7 +455,7 @@ struct Group {
                 } else {
                     const char* x = from(g * lanes + k);
                     for (int64_t c = 0; c < width; c++)
-                        read<Real>(problem.storage, x + c * size, 1, Real(1), column + c * lanes);
+                        read<Real>(layer.storage, x + c * size, 1, Real(1), column + c * lanes);
                 }
             }
         }
@@ -479,12 +483,12 @@ struct Group {
         }
     }
 
-    NOINLINE void write_column(const Real* column, char* out) const {
-        const int64_t width = problem.width, size = size_of(problem.storage_out);
+    NOINLINE void write_column(const Real* column, Storage storage, char* out) const {
+        const int64_t width = problem.width, size = size_of(storage);
         char* to = out + token * width * size;
         if constexpr (ACROSS) {
-            write<Real>(problem.storage_out, column, width, Real(1), to);
-        } else if (problem.storage_out == F32 || problem.storage_out == F64) {
+            write<Real>(storage, column, width, Real(1), to);
+        } else if (is_real(storage)) {
             Real* numbers = reinterpret_cast<Real*>(to);
             if (tokens == lanes && width == 2) return together<2>(column, numbers);
             if (tokens == lanes && width == 3) return together<3>(column, numbers);
@@ -494,7 +498,7 @@ struct Group {
         } else {
             for (int64_t k = 0; k < tokens; k++) {
                 for (int64_t c = 0; c < width; c++, to += size)
-                    write<Real>(problem.storage_out, column + c * lanes + k, 1, Real(1), to);
+                    write<Real>(storage, column + c * lanes + k, 1, Real(1), to);
             }
         }
     }
@@ -657,8 +661,8 @@ struct Group {
     // The wanted outputs from `first` on, of `count`, each f own + a mixture.
     template <class Own>
     void write_mixtures(const Mixture<Real>& m, int64_t first, int64_t count, const Own& own_of) {
-        const bool direct = ACROSS && problem.width % lanes == 0 &&
-                            (problem.storage_out == F32 || problem.storage_out == F64);
+        const Storage storage = problem.storage_out[first >= many_s];
+        const bool direct = ACROSS && problem.width % lanes == 0 && is_real(storage);
         Output<Real> outputs[MOST];
         char* to[MOST];
         int64_t wanted = 0;
@@ -679,7 +683,7 @@ struct Group {
             const int64_t now = least(4, wanted - r);
             for (int64_t k = 0; k < now; k++) outputs[r + k].out = output[k];
             mix<Real>(m, outputs + r, now, 0, end);
-            for (int64_t k = 0; k < now; k++) write_column(output[k], to[r + k]);
+            for (int64_t k = 0; k < now; k++) write_column(output[k], storage, to[r + k]);
         }
     }
 
@@ -1059,7 +1063,7 @@ struct Group {
 
     void zero() {
         for (int64_t l = 0; l < many_s + many_t; l++) {
-            const int64_t bytes = problem.width * size_of(problem.storage_out);
+            const int64_t bytes = problem.width * size_of(problem.storage_out[l >= many_s]);
             if (problem.out[l] != nullptr)
                 memset(problem.out[l] + token * bytes, 0, std::size_t(tokens * bytes));
         }
@@ -1125,11 +1129,11 @@ static int64_t scratch_of(const Problem& problem) {
 }  // namespace
 
 int64_t layer_projection_scratch(const Problem& problem) {
-    return problem.storage == F64 ? scratch_of<double>(problem) : scratch_of<float>(problem);
+    return problem.f64 ? scratch_of<double>(problem) : scratch_of<float>(problem);
 }
 
 void layer_projection_tokens(const Problem& problem, int64_t begin, int64_t end, char* scratch) {
-    if (problem.storage == F64) {
+    if (problem.f64) {
         tokens<double>(problem, begin, end, scratch);
     } else {
         tokens<float>(problem, begin, end, scratch);

@@ -11,10 +11,9 @@ from kdfast.losses.layers import (
     LAYER_REDUCTIONS,
     PADDINGS,
     Layers,
-    as_layers,
+    as_pairs,
     choose,
     over_layers,
-    teacher_layers,
 )
 from kdfast.ops.attention_kl import attention_kl
 
@@ -79,11 +78,13 @@ class AttentionKLLoss(nn.Module):
         attention_mask: [B, N], 1 = token. Returns a scalar.
         """
         counted = attention_mask is not None and self.padding == "counted"
+        queries_s, queries_t = zip(*as_pairs(query_s, query_t), strict=True)
+        keys_s, keys_t = zip(*as_pairs(key_s, key_t), strict=True)
         losses = attention_kl(
-            as_layers(query_s),
-            as_layers(key_s),
-            teacher_layers(query_s, query_t),
-            teacher_layers(key_s, key_t),
+            queries_s,
+            keys_s,
+            queries_t,
+            keys_t,
             attention_mask=attention_mask,
             query_mask=torch.ones_like(attention_mask) if counted else None,  # type: ignore[arg-type]
             causal=causal,
@@ -159,7 +160,7 @@ class RelationKLLoss(nn.Module):
             states_s, states_t = states[name]
             if states_s is None or states_t is None:
                 raise ValueError(f"{name}_s and {name}_t are compared (relations), one was None")
-            student, teacher = as_layers(states_s), teacher_layers(states_s, states_t)
+            student, teacher = zip(*as_pairs(states_s, states_t), strict=True)
             losses = attention_kl(
                 student,
                 student,

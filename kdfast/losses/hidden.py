@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +15,7 @@ from kdfast.losses.layers import (
     as_pairs,
     check_widths,
     choose,
+    of_one_dtype,
     statistics,
 )
 from kdfast.ops.layer_projection import MAXIMUM_LAYERS, layer_projection_loss
@@ -68,15 +68,15 @@ class _HiddenLoss(nn.Module):
         Returns a scalar; raises ValueError when shapes disagree.
         """
         # The [CLS] slice is taken before the projection, which then maps B rows and not B·N.
-        pairs = as_pairs(hidden_s, hidden_t, cast=False)
+        pairs = as_pairs(hidden_s, hidden_t)
         if self.rows == "cls":
             pairs = [(s[:, :1], t[:, :1]) for s, t in pairs]
             attention_mask = None
         projected = self.projections([s for s, _ in pairs], which)
         for student, (_, teacher) in zip(projected, pairs, strict=True):
             check_widths(student, teacher)
-        students = _of_one_dtype([self.compared(x) for x in projected])
-        teachers = _of_one_dtype([self.compared(x) for _, x in pairs])
+        students = of_one_dtype(self.compared(x) for x in projected)
+        teachers = of_one_dtype(self.compared(x) for _, x in pairs)
         together = len(pairs) <= MAXIMUM_LAYERS and len({x.shape for x in students}) == 1
         step = len(pairs) if together else 1
         losses = [
@@ -93,12 +93,6 @@ class _HiddenLoss(nn.Module):
         ]
         total = losses[0] if together else torch.stack(losses).sum()
         return total if self.layers == "sum" else total / len(pairs)
-
-
-def _of_one_dtype(layers: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Under autocast some layers may come in half precision and others not."""
-    widest = functools.reduce(torch.promote_types, (x.dtype for x in layers))
-    return [x.to(widest) for x in layers]
 
 
 class CosineLoss(_HiddenLoss):

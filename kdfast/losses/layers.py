@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,23 +30,25 @@ def as_layers(layers: Layers) -> list[torch.Tensor]:
     return [layers] if isinstance(layers, torch.Tensor) else list(layers)
 
 
-def as_pairs(
-    student: Layers, teacher: Layers, *, cast: bool = True
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """cast: the teacher's layers to the student's dtype, where an operator wants one for all."""
+def as_pairs(student: Layers, teacher: Layers) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The layers of both, pair by pair; ValueError if their numbers differ.
+
+    Nothing is cast: operators read a teacher of another dtype than the student's as it is.
+    """
     layers_s, layers_t = as_layers(student), as_layers(teacher)
     if not layers_s or len(layers_s) != len(layers_t):
         raise ValueError(
             f"student and teacher must give the same number of layers, at least one, were "
             f"{len(layers_s)} and {len(layers_t)}"
         )
-    # A teacher in another precision (a bf16 teacher of an fp32 student) is read in the student's.
-    return [(s, t.to(s.dtype) if cast else t) for s, t in zip(layers_s, layers_t, strict=True)]
+    return list(zip(layers_s, layers_t, strict=True))
 
 
-def teacher_layers(student: Layers, teacher: Layers) -> list[torch.Tensor]:
-    """The teacher's layers in the student's dtype; ValueError if the numbers of layers differ."""
-    return [t for _, t in as_pairs(student, teacher)]
+def of_one_dtype(layers: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Of one model: under autocast some layers may come in half precision and others not."""
+    layers = list(layers)
+    widest = functools.reduce(torch.promote_types, (x.dtype for x in layers))
+    return [x.to(widest) for x in layers]
 
 
 def over_layers(losses: torch.Tensor, reduction: str) -> torch.Tensor:

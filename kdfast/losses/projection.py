@@ -14,6 +14,7 @@ from kdfast.losses.layers import (
     LearnedProjections,
     as_layers,
     choose,
+    of_one_dtype,
 )
 from kdfast.ops import arguments
 from kdfast.ops.layer_projection import layer_projection_loss
@@ -79,10 +80,8 @@ class LayerProjectionLoss(nn.Module):
         which: where only some student layers are given, their numbers (from 0).
         Returns a scalar.
         """
-        students = self.projections(layers_s, which)
-        teachers = as_layers(layers_t)
-        dtype = torch.promote_types(students[0].dtype, teachers[0].dtype)
-        students, teachers = ([x.to(dtype) for x in side] for side in (students, teachers))
+        students = of_one_dtype(self.projections(layers_s, which))
+        teachers = of_one_dtype(as_layers(layers_t))
         loss = layer_projection_loss(
             students,
             teachers,

@@ -8,7 +8,15 @@ from torch.nn import functional as F
 
 from kdfast.losses.distances import root, squared_distances
 from kdfast.losses.distributed import gather_batches
-from kdfast.losses.layers import LAYER_REDUCTIONS, Layers, as_pairs, choose, over_layers, statistics
+from kdfast.losses.layers import (
+    LAYER_REDUCTIONS,
+    Layers,
+    as_pairs,
+    choose,
+    of_one_dtype,
+    over_layers,
+    statistics,
+)
 from kdfast.ops import arguments
 
 
@@ -66,7 +74,7 @@ class RKDLoss(nn.Module):
                     f"{list(teacher.shape)} should be [B, D_s] and [B, D_t] of the same samples"
                 )
             gathered = gather_batches((student, teacher.detach()))
-            student, teacher = (statistics(x) for x in gathered)
+            student, teacher = of_one_dtype(statistics(x) for x in gathered)
             # Under autocast distances would be of half-precision products.
             with torch.autocast(student.device.type, enabled=False):
                 losses.append(self._loss(_squared(student), _squared(teacher)))

@@ -9,11 +9,10 @@ from kdfast.losses.layers import (
     LAYER_REDUCTIONS,
     PADDINGS,
     Layers,
-    as_layers,
+    as_pairs,
     choose,
     over_layers,
     statistics,
-    teacher_layers,
 )
 
 
@@ -72,10 +71,10 @@ class AttentionScoreLoss(nn.Module):
         scale_*: of the scores; None: d^-½. Returns a scalar, float32, float64 for float64.
         Raises ValueError when head counts or shapes disagree.
         """
-        students = zip(as_layers(query_s), as_layers(key_s), strict=True)
-        teachers = zip(teacher_layers(query_s, query_t), teacher_layers(key_s, key_t), strict=True)
+        queries, keys = as_pairs(query_s, query_t), as_pairs(key_s, key_t)
         losses = []
-        for student, teacher in zip(students, teachers, strict=True):
+        for query, key in zip(queries, keys, strict=True):
+            student, teacher = zip(query, key, strict=True)
             # Scores of a half-precision product would lose the digits that are compared.
             with torch.autocast(student[0].device.type, enabled=False):
                 scores_s = _scores(*student, scale_s)

@@ -12,6 +12,7 @@ from kdfast.losses.layers import (
     Layers,
     as_pairs,
     choose,
+    of_one_dtype,
     over_layers,
 )
 from kdfast.ops.cka import MINIMUM_ROWS, cka
@@ -110,7 +111,7 @@ class CKALoss(nn.Module):
         attention_mask: [B, N], 1 = token. Returns a scalar.
         """
         pairs = as_pairs(hidden_s, hidden_t)
-        sides = [list(side) for side in zip(*pairs, strict=True)]
+        sides = [of_one_dtype(side) for side in zip(*pairs, strict=True)]
         mask = attention_mask if self.padding == "masked" else None
         if self.rows == "samples":
             sides, mask = self._samples(sides, mask), None

@@ -95,6 +95,24 @@ def floating(operator: str, named: Iterable[tuple[str, Any]]) -> list[Tensor]:
     )
 
 
+def two_models(
+    operator: str, student: Iterable[tuple[str, Any]], teacher: Iterable[tuple[str, Any]]
+) -> list[Tensor]:
+    """As `floating`, the student's and then the teacher's, which may have a dtype of their own.
+
+    Kernels read both as they are, except float64 beside another and bfloat16 beside float16: these
+    are brought to the dtype that holds both.
+    """
+    student, teacher = list(student), list(teacher)
+    layers_s, layers_t = floating(operator, student), floating(operator, teacher)
+    one_device(operator, [student[0], teacher[0]])
+    own = {layers_s[0].dtype, layers_t[0].dtype}
+    both = torch.promote_types(layers_s[0].dtype, layers_t[0].dtype)
+    if len(own) > 1 and (both == torch.float64 or both not in own):
+        return [x.to(both) for x in (*layers_s, *layers_t)]
+    return [*layers_s, *layers_t]
+
+
 def one_device(operator: str, named: Iterable[tuple[str, Tensor]]) -> None:
     named = iter(named)
     first_name, first = next(named)

@@ -51,7 +51,8 @@ def attention_kl(
             Each of the four arguments may also be a sequence of such tensors, one per layer pair;
             B, Nq and Nk are then shared, heads and widths may differ between pairs.
         key_s: [B, H_kv, Nk, d_s]; query head h uses key head h // (H / H_kv).
-        query_t: [B, H_t, Nq, d_t]; the teacher's queries. d_t may differ from d_s.
+        query_t: [B, H_t, Nq, d_t]; the teacher's queries. d_t may differ from d_s, and the
+            teacher's dtype from the student's.
         key_t: [B, H_kv_t, Nk, d_t].
         attention_mask: [B, Nk], bool or 0/1, 1 = token. Padded keys get no probability; with
             Nq = Nk padded queries leave the mean as well, unless `query_mask` says otherwise.
@@ -134,7 +135,7 @@ def attention_kl(
                 )
         labelled = list(named.items())
 
-    tensors = arguments.floating(op, labelled)
+    tensors = arguments.two_models(op, labelled[: 2 * pairs], labelled[2 * pairs :])
     labels = [label for label, _ in labelled]
     # Ordered by argument, so the tensors of pair i are every `pairs`-th one from i.
     for pair in range(pairs):
@@ -315,14 +316,16 @@ def _check_scale(op: str, name: str, scale: Any, pairs: int | None) -> float | l
 
 # The kernels. They see [B, H, N, d] tensors of any strides with a dense last dimension (packed
 # sequences as one batch element), masks that are bool, scales that include the temperature, and a
-# query mask that already says which rows padding takes out. Over P pairs, with heads concatenated:
+# query mask that already says which rows padding takes out. All of the teacher's tensors have one
+# dtype, and all of the student's; one may be float32 and the other of 16 bits (cuda: never). Over P
+# pairs, with heads concatenated:
 #
 #   forward   -> rows [B, sum H, Nq], inner, lse_s [B, sum H, Nq], lse_t [B, sum H_t, Nq]; float32
 #                (float64 for float64). inner is KL(s || m) per row for "js", else empty. A row that
 #                takes no part has rows = inner = 0 and lse_s = +inf.
 #   backward  from these statistics, or what it makes anew:
 #             grad_rows [B, sum H, Nq], of any strides -> the gradients of all student queries, and
-#                of all student keys, one after the other in one flat tensor of the inputs' dtype,
+#                of all student keys, one after the other in one flat tensor of the student's dtype,
 #                each [B, H, N, d], or [B, N, H, d] with tokens_first.
 #   fused     (cpp and triton) for "mean" and "sum": losses [P] and both gradients, for an upstream
 #                gradient of 1, laid out as those of backward, in float32 (float64).
@@ -675,6 +678,8 @@ def _refused_by_hopper(
     first = queries[0][0]
     if first.dtype not in (torch.bfloat16, torch.float16):
         return f"{first.dtype} is not bfloat16 or float16"
+    if queries[1][0].dtype != first.dtype:
+        return f"a teacher in {queries[1][0].dtype} and a student in {first.dtype}"
     if torch.cuda.get_device_capability(first.device) != (9, 0):
         return "the GPU is not of compute capability 9.0 (Hopper)"
     if direction == "js" or cu_seqlens is not None or match_heads is not None:

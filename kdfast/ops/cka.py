@@ -39,7 +39,7 @@ def hsic(
 
     Args:
         x: [..., n, d_x]; leading dimensions are independent problems.
-        y: [..., n, d_y]; d_y may differ from d_x.
+        y: [..., n, d_y]; d_y may differ from d_x, and its dtype.
         mask: [..., n], bool or 0/1, 1 = the row takes part. Masked rows are dropped before
             centring: n is the number of valid rows.
         kernel: "linear" ⟨x_i, x_j⟩ or "rbf" exp(-‖x_i - x_j‖² / (2 σ²)).
@@ -90,7 +90,8 @@ def cka(
     Args:
         x_s: [..., n, d_s]; leading dimensions are independent problems. Or a sequence of such
             tensors, one per layer pair, of the same rows; widths may differ between layers.
-        x_t: [..., n, d_t], or as many of them; d_t may differ from d_s.
+        x_t: [..., n, d_t], or as many of them; d_t may differ from d_s, and their dtype from the
+            student's.
         mask: [..., n], bool or 0/1, 1 = the row takes part. Masked rows are dropped before
             centring: n is the number of valid rows.
         kernel: "linear" ⟨x_i, x_j⟩ or "rbf" exp(-‖x_i - x_j‖² / (2 σ²)).
@@ -171,7 +172,7 @@ def cka_matrix(
 
     Args:
         layers_s: L_s tensors [..., n, d_i], never stacked; widths may differ between layers.
-        layers_t: L_t tensors [..., n, d_j] of the same rows.
+        layers_t: L_t tensors [..., n, d_j] of the same rows; their dtype may differ.
         mask: [..., n], bool or 0/1, shared by all layers.
         kernel, bandwidth, estimator, teacher_grad, backend: as in `cka`; bandwidth (σ_s, σ_t) is
             one per side. The reference of "rbf" keeps n x n matrices of all layers.
@@ -392,7 +393,7 @@ def _check(
     bandwidth: Any,
     estimator: str,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    x, y = arguments.floating(op, [(name_x, x), (name_y, y)])
+    x, y = arguments.two_models(op, [(name_x, x)], [(name_y, y)])
     options = _check_options(op, [name_x, name_y], [x, y], mask, kernel, bandwidth, estimator)
     return x, y, options
 
@@ -455,7 +456,8 @@ def _check_layers(
 ) -> dict[str, Any]:
     names = [f"{name_s}[{i}]" for i in range(len(layers_s))]
     names += [f"{name_t}[{j}]" for j in range(len(layers_t))]
-    layers = arguments.floating(op, zip(names, [*layers_s, *layers_t], strict=True))
+    named = list(zip(names, [*layers_s, *layers_t], strict=True))
+    layers = arguments.two_models(op, named[: len(layers_s)], named[len(layers_s) :])
     options = _check_options(op, names, layers, mask, kernel, bandwidth, estimator)
     teacher = list(zip(names, layers, strict=True))[len(layers_s) :]
     arguments.no_teacher_grad(op, teacher, teacher_grad)
@@ -510,7 +512,8 @@ def _check_bandwidth(op: str, kernel: str, bandwidth: Any) -> Bandwidth:
 
 # The kernels. They see features [P, n, d] of any strides with a dense last dimension, one tensor
 # per layer, and a bool mask [P, n]; what they compute is symmetric in the layers, so that student
-# and teacher are only indices. With n' the number of valid rows of a problem, X_c the centred valid
+# and teacher are only indices. Some layers may be float32 and others of one dtype of 16 bits (cuda:
+# all of one). With n' the number of valid rows of a problem, X_c the centred valid
 # rows, and G a layer's Gram matrix over its unit,
 #
 #   linear   G = X_c X_c^T / unit,                     unit = |X_c|^2 (squared Frobenius norm)
@@ -534,9 +537,9 @@ def _check_bandwidth(op: str, kernel: str, bandwidth: Any) -> Bandwidth:
 #                the products X_i^T X_j [P, d_i, d_j] of centred features of each pair, one after
 #                the other, "tiles" the sums [layers, P, n] of the rows of G (rbf), or their
 #                diagonal (linear), up to units and the order of rows.
-#   backward  grad_inner [pairs, P], of any strides -> the gradients of the layers `wanted`, in the
-#             dtype of the features, contiguous, units held constant. 0 in rows that are dropped,
-#             and in problems with too few.
+#   backward  grad_inner [pairs, P], of any strides -> the gradients of the layers `wanted`, each in
+#             its dtype, contiguous, units held constant. 0 in rows that are dropped, and in
+#             problems with too few.
 #
 # inner, unit, means, kept are float32, float64 for float64. `bandwidths` has one σ per layer (0:
 # the default), or is empty for linear kernels. The last layers may have their G from an earlier
@@ -703,7 +706,7 @@ def _terms(
 
     grams = own_t = None
     if terms_t is not None:
-        key = f"{backend} {side} {layers[0].dtype}"  # autocast may promote one call only
+        key = f"{backend} {side} {layers[-1].dtype}"  # one call only may promote the teacher
         if key not in terms_t:
             # The teacher alone, whose layers count from 0. What is made in inference mode could not
             # serve a later call with gradients.
@@ -792,6 +795,8 @@ def _refused_by_cuda(operator: str, arguments: dict[str, Any]) -> str | None:
     first, n, many = layers[0], layers[0].shape[-2], len(layers_s)
     if first.dtype not in (torch.bfloat16, torch.float16):
         return f"{first.dtype} is not bfloat16 or float16"
+    if layers[-1].dtype != first.dtype:
+        return f"a teacher in {layers[-1].dtype} and a student in {first.dtype}"
     if arguments["kernel"] != "linear":
         return "kernel='rbf' is left to triton"
     if n > 128:

@@ -32,14 +32,14 @@ def layer_projection(
 
     Args:
         layers_s: L_s tensors [..., d], one per student layer; never stacked, at most 64.
-        layers_t: L_t tensors [..., d], of the student's shape.
+        layers_t: L_t tensors [..., d], of the student's shape; their dtype may differ.
         scale: factor of the scores. 1, as the paper has it; d^-½ keeps them from saturating.
         mask: [...], bool or 0/1, 1 = token. Masked tokens have zero weights, zero projected states
             and zero gradient, whatever they hold.
         backend: "auto" | "reference" | "cpp" | "triton" | "cuda".
 
     Returns:
-        projected: list of L_s tensors [..., d] in the dtype of the inputs.
+        projected: list of L_s tensors [..., d] in the dtype of the student's layers.
         weights: α [..., L_s, L_t], float32, float64 for float64 inputs.
 
     Raises:
@@ -85,7 +85,7 @@ def layer_projection_loss(
 
     Args:
         layers_s: L_s tensors [..., d], one per student layer; never stacked, at most 64.
-        layers_t: L_t tensors [..., d], of the student's shape.
+        layers_t: L_t tensors [..., d], of the student's shape; their dtype may differ.
         objective: "mse", the mean over features of (h - C)²; "cosine", 1 - cos(h, C) with norms
             of at least 1e-8; "kl", KL(softmax(C / temperature) ‖ softmax(h / temperature)) in nats,
             for states that are logits (no temperature²).
@@ -93,8 +93,7 @@ def layer_projection_loss(
         temperature: of "kl", > 0; the weights do not use it.
         mask: [...], bool or 0/1, 1 = token. Masked tokens have zero loss and gradient.
         attend: "states" mixes the teacher's states, "losses" mixes the per-layer losses, "pairs"
-            compares layers of the same number, of which both sides must have as many; those of the
-            teacher may have another dtype there, which Triton reads as it is.
+            compares layers of the same number, of which both sides must have as many.
         reduction: "mean" over student layers and valid tokens (0 when there is none) | "sum" over
             them | "none", [..., L_s] with 0 in masked tokens.
         backend: "auto" | "reference" | "cpp" | "triton" | "cuda".
@@ -155,12 +154,7 @@ def _check_layers(
     names = [f"layers_s[{i}]" for i in range(len(layers_s))]
     names += [f"layers_t[{j}]" for j in range(len(layers_t))]
     every = list(zip(names, [*layers_s, *layers_t], strict=True))
-    if pairs:
-        sides = every[: len(layers_s)], every[len(layers_s) :]
-        layers = [x for side in sides for x in arguments.floating(op, side)]
-        arguments.one_device(op, zip(names, layers, strict=True))
-    else:
-        layers = arguments.floating(op, every)
+    layers = arguments.two_models(op, every[: len(layers_s)], every[len(layers_s) :])
     shape = layers[0].shape
     if len(shape) == 0 or shape[-1] == 0:
         raise ValueError(f"{op}: layers_s[0] has shape {list(shape)}, should be [..., d], d >= 1")
@@ -175,17 +169,17 @@ def _check_layers(
 
 
 # The kernels. They see layers [A, B, d] of any strides with a dense last dimension, one tensor per
-# layer, whose A B = N tokens are independent, and a bool mask [A, B]. With α_ij = softmax_j(scale
+# layer, whose A B = N tokens are independent, and a bool mask [A, B]. One side may be float32 and
+# the other of 16 bits (cuda: never). With α_ij = softmax_j(scale
 # ⟨h_i, g_j⟩) and C_i = Σ_j α_ij g_j, as float32 (float64 for float64),
 #
-#   layer_projection_forward        -> C_i [A, B, d] of each student layer, in the dtype of the
-#                                      layers, and last of all α [A, B, L_s, L_t]; contiguous, 0 in
-#                                      masked tokens.
+#   layer_projection_forward        -> C_i [A, B, d] of each student layer, in its dtype, and last
+#                                      of all α [A, B, L_s, L_t]; contiguous, 0 in masked tokens.
 #   layer_projection_backward       grad_projected, one [A, B, d] of any strides (dense last
 #                                      dimension) a student layer, grad_weights like α, and α ->
 #                                      the gradients of the layers `wanted` (student layers count
-#                                      from 0, those of the teacher follow), in the dtype of the
-#                                      layers, contiguous, 0 in masked tokens.
+#                                      from 0, those of the teacher follow), each in its dtype,
+#                                      contiguous, 0 in masked tokens.
 #   layer_projection_loss_forward   -> rows ℓ [A, B, L_s], 0 in masked tokens.
 #   layer_projection_loss_backward  grad_rows [A, B, L_s], of any strides -> gradients as above. The
 #                                      weights are made again: every kernel has all layers of a
@@ -465,12 +459,10 @@ def _serve_loss(
     if attend == "pairs" and backend not in _PAIRS_FORWARD:
         losses = []
         for s, t in zip(layers_s, layers_t, strict=True):
-            dtype = torch.promote_types(s.dtype, t.dtype)
             losses.append(
                 _serve_loss(
-                    backend, layers_s=[s.to(dtype)], layers_t=[t.to(dtype)], objective=objective,
-                    scale=scale, temperature=temperature, mask=mask, attend="states",
-                    reduction=reduction,
+                    backend, layers_s=[s], layers_t=[t], objective=objective, scale=scale,
+                    temperature=temperature, mask=mask, attend="states", reduction=reduction,
                 )
             )  # fmt: skip
         if reduction == "none":
@@ -482,7 +474,7 @@ def _serve_loss(
     # as reading the layers twice. In float16 they vanish before the loss is scaled up.
     fused = (
         backend in _FUSED
-        and layers[0].dtype != torch.float16
+        and all(x.dtype != torch.float16 for x in layers)
         and reduction != "none"
         and torch.is_grad_enabled()
         and any(x.requires_grad for x in layers)
@@ -508,7 +500,10 @@ def _kernel(operator: str, backend: str) -> dispatch.Kernel:
         return functools.partial(serve, backend)
 
     def refuses(*, layers_s: list[Tensor], layers_t: list[Tensor], **others: Any) -> str | None:
-        return library.refuses(backend, layers_s[0]) or library.refuses(backend, layers_t[0])
+        reason = library.refuses(backend, layers_s[0]) or library.refuses(backend, layers_t[0])
+        if reason is None and backend == "cuda" and layers_s[0].dtype != layers_t[0].dtype:
+            return f"a teacher in {layers_t[0].dtype} and a student in {layers_s[0].dtype}"
+        return reason
 
     return dispatch.Kernel(load, refuses)
 

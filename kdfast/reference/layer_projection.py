@@ -31,7 +31,7 @@ def layer_projection(
     """Reference of `kdfast.ops.layer_projection`."""
     states_s, states_t = _stack(layers_s, mask), _stack(layers_t, mask)
     weights = _weights(states_s, states_t, scale)
-    projected = product(weights, states_t.transpose(-1, -2)).to(layers_t[0].dtype)
+    projected = product(weights, states_t.transpose(-1, -2)).to(layers_s[0].dtype)
     if mask is not None:
         weights = weights.masked_fill(~mask.bool()[..., None, None], 0.0)
     return list(projected.unbind(-2)), weights
