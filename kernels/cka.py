@@ -1065,7 +1065,7 @@ DEFAULT: dict[str, dict[int, Launch]] = {
 SMALLER = {
     **DEFAULT,
     "pairs_forward": {2: _blocks(8, 3, block_d=32), 4: _blocks(8, 1, block_d=16)},
-    "pairs_backward": {**DEFAULT["pairs_backward"], 2: _blocks(8, 3, block_d=32)},
+    "pairs_backward": {2: _blocks(8, 3, block_d=32), 4: _blocks(8, 2, block_d=16)},
     "whole_gram": {**DEFAULT["whole_gram"], 4: _blocks(8, 1, block_d=16)},
     "feature_products": {
         **DEFAULT["feature_products"],
@@ -1881,7 +1881,8 @@ def _backward_feature(
         tiles = triton.cdiv(n, launch["BLOCK"]) * triton.cdiv(d, launch["BLOCK_D"])
         with torch.cuda.device_of(x):
             _feature_apply[(tiles * problems,)](
-                gradient, (*listed[:alike], x), others or None, starts, means, kept, grad, unit, weights, columns,
+                gradient, (*listed[:alike], x), others or None, starts, means, kept, grad, unit,
+                weights, columns,
                 rows.mask, (*neighbours, i), tuple(y.shape[2] for y in listed),
                 tuple(y.stride(0) for y in listed), tuple(y.stride(1) for y in listed),
                 tuple(offsets[j] for j in (*neighbours, i)),

@@ -30,6 +30,13 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
     "sm_86": (GPUTarget("cuda", 86, 32), 99 * 1024),  # stands for all without a launch table
 }
+# Of student and teacher; the first alone unless exhaustive.
+TWO_DTYPES = (
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.float16, torch.float32),
+)
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -73,10 +80,14 @@ def attention_kl(architecture, dtypes, widths, directions, exhaustive):
     if TARGETS[architecture][0].backend == "cuda":
         module.precision = lambda x: "tf32x3" if x.dtype == torch.float32 else "ieee"
 
-    def inputs(dtype, width, keys, pairs=1, batch=2, key_heads=2):
-        sides = ((4, 64), (key_heads, keys), (4, 64), (4, keys))
+    def inputs(dtype, width, keys, pairs=1, batch=2, key_heads=2, of_teacher=None):
+        dtype_t = of_teacher or dtype
+        sides = (
+            (4, 64, dtype), (key_heads, keys, dtype), (4, 64, dtype_t), (4, keys, dtype_t)
+        )  # fmt: skip
         return [
-            [torch.zeros(batch, h, n, width, dtype=dtype) for _ in range(pairs)] for h, n in sides
+            [torch.zeros(batch, h, n, width, dtype=of_side) for _ in range(pairs)]
+            for h, n, of_side in sides
         ]
 
     def call(dtype, width, direction, *, keys=512, mask=False, mean=False, sizes=None, **options):
@@ -126,6 +137,11 @@ def attention_kl(architecture, dtypes, widths, directions, exhaustive):
     if exhaustive:
         packed = torch.tensor([0, 64], dtype=torch.int32)
         call(torch.bfloat16, 64, "forward", cu_seqlens=packed, keys=64)
+    for dtype, of_teacher in TWO_DTYPES if exhaustive else TWO_DTYPES[:1]:
+        for width in widths:
+            for direction in directions:
+                call(dtype, width, direction, mask=True, sizes={"of_teacher": of_teacher})
+                fused(dtype, width, direction, 128, True, of_teacher=of_teacher)
 
 
 def attention_map_kl(architecture, dtypes, widths, directions, exhaustive):
@@ -150,10 +166,14 @@ def cka(architecture, dtypes, widths, directions, exhaustive):
 
     module.architecture = lambda device: architecture
 
-    def call(side, dtype, n, *, d=(768, 768), layers=2, problems=4, masked=True, **options):
+    def call(
+        side, dtype, n, *, d=(768, 768), layers=2, problems=4, masked=True, of_teacher=None,
+        **options,
+    ):  # fmt: skip
         features = [torch.zeros(problems, n, d[i % 2], dtype=dtype) for i in range(layers)]
         mask = torch.ones(problems, n, dtype=torch.bool) if masked else None
         half = layers // 2
+        features[half:] = [x.to(of_teacher or dtype) for x in features[half:]]
         pairs = [k for i in range(half) for k in (i, half + i)]
         pairs += [k for i in range(layers) for k in (i, i)]
         bandwidths = [0.0] * layers if options.get("rbf") else []
@@ -183,6 +203,14 @@ def cka(architecture, dtypes, widths, directions, exhaustive):
                     call(side, dtype, 128, unbiased=unbiased, masked=False)
                     call(side, dtype, 640, unbiased=unbiased, masked=False)
                 call("tiles", dtype, 640, unbiased=unbiased, rbf=True, masked=False)
+    for dtype, of_teacher in TWO_DTYPES if exhaustive else TWO_DTYPES[:1]:
+        for unbiased in (False, True) if exhaustive else (True,):
+            for both in (False, True):
+                options = {"unbiased": unbiased, "both": both, "of_teacher": of_teacher}
+                call("tiles", dtype, 64, **options)
+                call("tiles", dtype, 512, **options)
+                call("gram", dtype, 128, **options)
+                call("feature", dtype, 4096, **options)
 
 
 def layer_projection(architecture, dtypes, widths, directions, exhaustive):
@@ -191,12 +219,12 @@ def layer_projection(architecture, dtypes, widths, directions, exhaustive):
 
     module.architecture = lambda device: architecture
 
-    def sides(dtype, d, many=(6, 12), strided=False, masked=True):
+    def sides(dtype, d, many=(6, 12), strided=False, masked=True, of_teacher=None):
         layers = [torch.zeros(2, 3, d, dtype=dtype) for _ in range(sum(many))]
         if strided:  # each layer by strides of its own
             layers[0] = torch.zeros(2, 5, d, dtype=dtype)[:, :3]
         mask = torch.ones(2, 3, dtype=torch.bool) if masked else None
-        return layers[: many[0]], layers[many[0] :], mask
+        return layers[: many[0]], [x.to(of_teacher or dtype) for x in layers[many[0] :]], mask
 
     def project(*arguments, teacher=False, **options):
         layers_s, layers_t, mask = sides(*arguments, **options)
@@ -213,14 +241,21 @@ def layer_projection(architecture, dtypes, widths, directions, exhaustive):
         wanted = list(range(len(layers_s) + teacher * len(layers_t)))
         module.loss_backward(torch.zeros(()).expand(rows.shape), *options, wanted)
 
-    def pairs(objective, dtype, d, many=6, teacher=False, of_teacher=None, **options):
+    def pairs(objective, dtype, d, many=6, teacher=False, **options):
         layers_s, layers_t, mask = sides(dtype, d, many=(many, many), **options)
-        layers_t = [x.to(of_teacher or dtype) for x in layers_t]
         options = (layers_s, layers_t, mask, objective, 2.0)
         rows = module.pairs_forward(*options)
         wanted = list(range(many + teacher * many))
         module.pairs_backward(torch.zeros(()).expand(rows.shape), *options, wanted)
 
+    for dtype, of_teacher in TWO_DTYPES if exhaustive else TWO_DTYPES[:1]:
+        for teacher in (False, True):
+            options = {"teacher": teacher, "of_teacher": of_teacher}
+            project(dtype, 768, **options)
+            loss("mse", dtype, 768, **options)
+            loss("kl", dtype, 3, many=(6, 11), **options)
+            loss("cosine", dtype, 768, losses=True, **options)
+            pairs("mse", dtype, 768, **options)
     for dtype in dtypes:
         pairs("cosine", dtype, 768)
         pairs("mse", dtype, 4096, teacher=True)
@@ -237,7 +272,6 @@ def layer_projection(architecture, dtypes, widths, directions, exhaustive):
         loss("mse", dtype, 128, many=(64, 64))
         if not exhaustive:
             continue
-        pairs("mse", torch.float32, 768, of_teacher=dtype)
         for teacher in (False, True):
             for objective in ("mse", "cosine", "kl"):
                 for d in (3, 100, 384, 768, 1024, 8192):

@@ -77,6 +77,7 @@ CALLS = {
     "projection of logits": (projection(objective="kl"), (2, 9, 3), 3),
     "projection of losses": (projection(objective="cosine", attend="losses"), (2, 9, 40), 3),
     "pairs": (projection(objective="cosine", attend="pairs"), (2, 9, 40), 3),
+    "pairs of logits": (projection(objective="kl", attend="pairs"), (2, 9, 3), 3),
 }
 
 
@@ -120,7 +121,9 @@ def test_two_dtypes_equal_the_same_numbers_in_float32(kernel, dtypes, name):
 
 
 @pytest.mark.parametrize("name", ["attention", "cka, gram", "projection"])
-@pytest.mark.parametrize("dtypes", [(torch.float64, SINGLE), (SINGLE, torch.float64), (HALF, BRAIN)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float64, SINGLE), (SINGLE, torch.float64), (HALF, BRAIN)]
+)
 def test_what_no_kernel_reads_together_is_brought_to_one_dtype(name, dtypes):
     call, shape, count = CALLS[name]
     students, teachers = (layers(count, shape, dtype, "cpu") for dtype in dtypes)
