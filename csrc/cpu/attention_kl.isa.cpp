@@ -606,7 +606,7 @@ int64_t attention_kl_scratch(const Problem& problem, int64_t pairs) {
     for (int64_t i = 0; i < pairs; i++) {
         const Pair& pair = problem.pairs[i];
         const int64_t size = problem.f64 ? Scratch<double>(problem, pair, nullptr).size
-                                                    : Scratch<float>(problem, pair, nullptr).size;
+                                         : Scratch<float>(problem, pair, nullptr).size;
         most = size > most ? size : most;
     }
     return most;
@@ -614,7 +614,7 @@ int64_t attention_kl_scratch(const Problem& problem, int64_t pairs) {
 
 int64_t attention_kl_grad_key(const Problem& problem, const Item& item) {
     return problem.f64 ? grad_key_bytes<double>(problem, item)
-                                  : grad_key_bytes<float>(problem, item);
+                       : grad_key_bytes<float>(problem, item);
 }
 
 void attention_kl_item(const Problem& problem, Item& item, const Item* next, char* scratch) {

@@ -1047,7 +1047,7 @@ void cka_norms(const Problem& problem, int64_t l, int64_t index, int64_t begin, 
 
 int64_t cka_gram_bytes(const Problem& problem) {
     return problem.f64 ? 8 * padded(problem.n) * Panels<double>(problem.n).columns()
-                                  : 4 * padded(problem.n) * Panels<float>(problem.n).columns();
+                       : 4 * padded(problem.n) * Panels<float>(problem.n).columns();
 }
 
 void cka_gram_part(const Problem& problem, const Part& part, const Part& next, char* sum,

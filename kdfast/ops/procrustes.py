@@ -32,7 +32,8 @@ def procrustes_distance(
     Args:
         x_s: [..., n, d_s], n >= 2; leading dimensions are independent problems. Or a sequence of
             such tensors, one per layer pair, of the same rows; widths may differ between layers.
-        x_t: [..., n, d_t], or as many of them; d_t may differ from d_s.
+        x_t: [..., n, d_t], or as many of them; d_t may differ from d_s, and their dtype from the
+            student's.
         mask: [..., n], bool or 0/1, 1 = the row takes part. Masked rows are dropped before
             centring.
         teacher_grad: give x_t a gradient too. By default an x_t that requires grad is refused.

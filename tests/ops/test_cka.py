@@ -787,7 +787,7 @@ X, Y = torch.zeros(2, 6, 4), torch.zeros(2, 6, 5)
         (X[..., :0], Y, {}, ValueError, "x_s.*width"),
         (X[:, :1], Y[:, :1], {}, ValueError, "n = 1 rows.*at least 2.*biased"),
         (X[:, :3], Y[:, :3], {"estimator": "unbiased"}, ValueError, "n = 3 rows.*at least 4"),
-        (X, Y.double(), {}, TypeError, "x_t is float64 but x_s is float32"),
+        ([X, X.double()], [Y, Y], {}, TypeError, r"x_s\[1\] is float64 but x_s\[0\] is float32"),
         (X.int(), Y, {}, TypeError, "x_s is int32"),
         (X, None, {}, TypeError, "x_t is a NoneType"),
         (X, Y.to("meta"), {}, ValueError, "x_t is on meta"),

@@ -297,13 +297,21 @@ def test_reference_is_the_only_backend():
 X, Y = torch.zeros(2, 6, 4), torch.zeros(2, 6, 5)
 
 
+def test_teacher_may_have_another_dtype():
+    x = X.bfloat16().requires_grad_()
+    distance = procrustes_distance(x, Y)
+    assert torch.equal(distance, procrustes_distance(x.detach().float(), Y))
+    distance.sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("x", "y", "options", "error", "message"),
     [
         (X[0, 0], Y[0, 0], {}, ValueError, r"x_s has shape \[4\].*\[..., n, d\]"),
         (X, Y[:, :5], {}, ValueError, r"x_t has shape \[2, 5, 5\].*same rows"),
         (X[:, :1], Y[:, :1], {}, ValueError, "n = 1 rows.*at least 2"),
-        (X, Y.double(), {}, TypeError, "x_t is float64 but x_s is float32"),
+        ([X, X.double()], [Y, Y], {}, TypeError, r"x_s\[1\] is float64 but x_s\[0\] is float32"),
         (X, None, {}, TypeError, "x_t is a NoneType"),
         ([X], [Y, Y], {}, ValueError, "x_t has 2 tensors but x_s has 1"),
         ([X, X], [Y, Y[:, 1:]], {}, ValueError, r"x_t\[1\] has shape \[2, 5, 5\]"),
