@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.divergence import LN_2, LOG2_E, to_middle, weighted
+from kdfast.kernels.launch import widest
 
 # Where maxima start: finite, so that no difference of two of them is NaN.
 LOWEST = tl.constexpr(-1e30)
@@ -1129,7 +1130,7 @@ def launch_parameters(
     tables = LAUNCH[name]
     table = tables.get(f"{kernel} {variant}", tables[kernel])
     width = max(query_s.shape[3], query_t.shape[3])
-    size = wider(query_s, query_t).dtype.itemsize
+    size = widest((query_s, query_t)).dtype.itemsize
     found = table.get((size, 64 if width <= 64 else 128 if width <= 128 else 256, *keys))
     if found is None and width > 128:
         found = table.get((size, 128, *keys))
@@ -1147,11 +1148,6 @@ def compiler_options(name: str) -> dict[str, Any]:
     if name.startswith("sm_"):  # ptxas may spill to fit one more program on a processor: not here
         options["maxnreg"] = 255
     return options
-
-
-def wider(x: Tensor, y: Tensor) -> Tensor:
-    """The one of more bytes, which the launch of a kernel that reads both goes by."""
-    return y if y.dtype.itemsize > x.dtype.itemsize else x
 
 
 def precision(like: Tensor) -> str:
@@ -1243,13 +1239,13 @@ def _pair_arguments(
     )  # fmt: skip
     mean = mean_heads and heads_t > 1
     # Averaging keeps two more tiles: smaller chunks, and no operand split into three.
-    like = wider(query_s, query_t)
-    widest = (128 if mean else 256) // like.dtype.itemsize
+    like = widest((query_s, query_t))
+    most = (128 if mean else 256) // like.dtype.itemsize
     constants = {
         "D_S": d_s,
         "D_T": query_t.shape[3],
-        "BLOCK_S": min(width_block(query_s), widest),
-        "BLOCK_T": min(width_block(query_t), widest),
+        "BLOCK_S": min(width_block(query_s), most),
+        "BLOCK_T": min(width_block(query_t), most),
         "UPCAST": INTERPRETED and torch.bfloat16 in (query_s.dtype, query_t.dtype),
         "PRECISION": "ieee" if mean else precision(like),
         "MEAN": mean,
@@ -1390,7 +1386,7 @@ def fuses(
     if keys > WHOLE_ROWS or packed or (mean_heads and any(x.shape[1] > 1 for x in query_t)):
         return False
     return all(
-        max(s.shape[3], t.shape[3]) <= 256 // wider(s, t).dtype.itemsize
+        max(s.shape[3], t.shape[3]) <= 256 // widest((s, t)).dtype.itemsize
         and launch_parameters("fused", direction, s, t, _padded(keys)) is not None
         for s, t in zip(query_s, query_t, strict=True)
     )

@@ -18,7 +18,8 @@ rbf 2 (W - diag(W 1)) X_c / (σ² (1 - c)) with W = M ∘ exp(-|x_i - x_j|² / 2
              if unbiased, the diagonal's part.
 
 Features are centred in float32 (first by a valid row, which keeps the digits of features far from
-zero and makes equal rows exactly zero, then by the mean) and only then rounded for a product. All
+zero and makes equal rows exactly zero, then by the mean) and only then rounded for a product: to
+their own dtype, and where one kernel multiplies layers of two dtypes, to the wider. All
 sums over programs are partial sums, added in a fixed order: results repeat bit by bit, and equal
 layers have equal inner products. For the latter no multiplication and addition are contracted
 (`enable_fp_fusion`), and what one pair computes as a block and another as its transpose, both
@@ -35,6 +36,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kdfast.kernels.launch import widest
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 EPS = tl.constexpr(2.0**-23)
@@ -1129,11 +1132,6 @@ def operand(x: Tensor, *, gradient: bool = False) -> tuple[Any, str]:
     if x.dtype == torch.float32:
         return tl.float32, "tf32x3" if nvidia else "ieee"
     return tl.float32, "tf32" if nvidia else "ieee"
-
-
-def widest(layers: Sequence[Tensor]) -> Tensor:
-    """One of most bytes, which the launch of a kernel that reads all goes by."""
-    return max(layers, key=lambda x: x.dtype.itemsize)
 
 
 def _operands(x: Tensor) -> dict[str, Any]:

@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.divergence import LN_2, LOG2_E, weighted
+from kdfast.kernels.launch import widest
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 EPS = tl.constexpr(1e-8)
@@ -913,11 +914,6 @@ def kinds(x: Tensor, rows_t: int) -> tuple[Any, ...]:
     return (tl.float32, single, "ieee" if rows_t <= 16 else single, tl.float32, single)
 
 
-def wider(x: Tensor, y: Tensor) -> Tensor:
-    """The one of more bytes, which the launch of a kernel that reads both goes by."""
-    return y if y.dtype.itemsize > x.dtype.itemsize else x
-
-
 def _strides(layers: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of all layers, or of one for all."""
     first, second = (tuple(x.stride(k) for x in layers) for k in (0, 1))
@@ -946,7 +942,7 @@ def _launch(
 ) -> None:
     """`outputs` is the number of tensors that the kernel writes, which `others` hold; with `square`
     both sides have as many rows, with `teacher` products sum over student layers."""
-    x = wider(layers_s[0], layers_t[0])
+    x = widest((layers_s[0], layers_t[0]))
     tokens, count, d = x.shape[0] * x.shape[1], x.shape[1], x.shape[2]
     if tokens == 0:
         return

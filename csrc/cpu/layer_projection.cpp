@@ -92,13 +92,13 @@ struct Call {
 
     void run() {
         const int64_t layers = problem.many_s + problem.many_t;
-        const int64_t bytes = problem.width * int64_t(like.element_size());
-        const int64_t most = (int64_t(2) << 20) / (layers * bytes) + 1;  // 2 MB at a time
-        const int64_t share = std::max<int64_t>(1, std::min(most, problem.tokens / 32) / 16) * 16;
         const int64_t rows[2] = {problem.width * int64_t(like.element_size()),
                                  problem.width * int64_t(teacher.element_size())};
-        problem.stream = problem.tokens * rows[0] > CACHES;
-        const bool fresh = problem.tokens * rows[0] > kdfast::MALLOC_KEEPS;
+        const int64_t longest = std::max(rows[0], rows[1]);
+        const int64_t most = (int64_t(2) << 20) / (layers * longest) + 1;  // 2 MB at a time
+        const int64_t share = std::max<int64_t>(1, std::min(most, problem.tokens / 32) / 16) * 16;
+        problem.stream = problem.tokens * longest > CACHES;
+        const bool fresh = problem.tokens * longest > kdfast::MALLOC_KEEPS;
         kdfast::for_each_item(
             (problem.tokens + share - 1) / share, KDFAST_CALL(layer_projection_scratch, problem),
             [&](int64_t i, char* scratch) {

@@ -413,7 +413,7 @@ struct Group {
 
     static bool is_real(Storage storage) { return storage == F32 || storage == F64; }
 
-    // Whether states are not read where they are: those of a layer, or of any.
+    // Whether a layer's states are copied before they are read, or any layer's.
     bool copies(const Layer& layer) const {
         return !ACROSS || !is_real(layer.storage) || problem.width % lanes != 0;
     }
@@ -609,7 +609,7 @@ struct Group {
     NOINLINE void find_weights() {
         const int64_t pairs = many_s * many_t;
         clear(scores, pairs);
-        if (ACROSS && !copies()) {
+        if (ACROSS && !copies(problem.layers[many_s])) {
             products<Real, INNER_AHEAD>(states, many_s, teachers(), many_t, 0, end, scores,
                                         ahead + many_s);
         } else {
@@ -647,9 +647,11 @@ struct Group {
         for (int64_t i = 0; i < many_s; i++)
             outputs[i] = {mixed[i], KIND == PLAIN ? nullptr : states[i], Vec<Real>{}, i};
         Mixture<Real> m = of_teachers(weights);
-        if (ACROSS && !copies()) {
+        if (ACROSS && !copies(problem.layers[many_s])) {
             m.ahead = ahead + many_s;
             m.half = end / 2;
+        }
+        if (ACROSS && !copies(problem.layers[0])) {
             for (int64_t i = 0; i < many_s; i++) {
                 for (int64_t at = from; at < to; at += 64 / int64_t(sizeof(Real)))
                     __builtin_prefetch(states[i] + ahead[i] + at);

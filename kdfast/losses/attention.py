@@ -13,6 +13,7 @@ from kdfast.losses.layers import (
     Layers,
     as_pairs,
     choose,
+    of_one_dtype,
     over_layers,
 )
 from kdfast.ops.attention_kl import attention_kl
@@ -80,11 +81,14 @@ class AttentionKLLoss(nn.Module):
         counted = attention_mask is not None and self.padding == "counted"
         queries_s, queries_t = zip(*as_pairs(query_s, query_t), strict=True)
         keys_s, keys_t = zip(*as_pairs(key_s, key_t), strict=True)
+        pairs = len(queries_s)
+        student = of_one_dtype((*queries_s, *keys_s))
+        teacher = of_one_dtype((*queries_t, *keys_t))
         losses = attention_kl(
-            queries_s,
-            keys_s,
-            queries_t,
-            keys_t,
+            student[:pairs],
+            student[pairs:],
+            teacher[:pairs],
+            teacher[pairs:],
             attention_mask=attention_mask,
             query_mask=torch.ones_like(attention_mask) if counted else None,  # type: ignore[arg-type]
             causal=causal,
@@ -160,7 +164,8 @@ class RelationKLLoss(nn.Module):
             states_s, states_t = states[name]
             if states_s is None or states_t is None:
                 raise ValueError(f"{name}_s and {name}_t are compared (relations), one was None")
-            student, teacher = zip(*as_pairs(states_s, states_t), strict=True)
+            pairs = as_pairs(states_s, states_t)
+            student, teacher = (of_one_dtype(side) for side in zip(*pairs, strict=True))
             losses = attention_kl(
                 student,
                 student,

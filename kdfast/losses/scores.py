@@ -11,6 +11,7 @@ from kdfast.losses.layers import (
     Layers,
     as_pairs,
     choose,
+    of_one_dtype,
     over_layers,
     statistics,
 )
@@ -100,7 +101,7 @@ class AttentionScoreLoss(nn.Module):
 
 def _scores(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
     """scale · Q Kᵀ [B, H, N, N]; query head h uses key head h // (H / H_kv)."""
-    query, key = statistics(query), statistics(key)
+    query, key = of_one_dtype((statistics(query), statistics(key)))
     if query.shape[1] % key.shape[1]:
         raise ValueError(
             f"key heads must divide query heads, were {key.shape[1]} and {query.shape[1]}"

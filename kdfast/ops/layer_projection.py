@@ -39,7 +39,8 @@ def layer_projection(
         backend: "auto" | "reference" | "cpp" | "triton" | "cuda".
 
     Returns:
-        projected: list of L_s tensors [..., d] in the dtype of the student's layers.
+        projected: list of L_s tensors [..., d] in the dtype of the student's layers (float32 for
+            bfloat16 beside float16, float64 for float64 beside another).
         weights: α [..., L_s, L_t], float32, float64 for float64 inputs.
 
     Raises:
@@ -474,7 +475,7 @@ def _serve_loss(
     # as reading the layers twice. In float16 they vanish before the loss is scaled up.
     fused = (
         backend in _FUSED
-        and all(x.dtype != torch.float16 for x in layers)
+        and all(x.dtype != torch.float16 for x in layers if x.requires_grad)
         and reduction != "none"
         and torch.is_grad_enabled()
         and any(x.requires_grad for x in layers)

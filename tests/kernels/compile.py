@@ -175,6 +175,8 @@ def cka(architecture, dtypes, widths, directions, exhaustive):
         half = layers // 2
         features[half:] = [x.to(of_teacher or dtype) for x in features[half:]]
         pairs = [k for i in range(half) for k in (i, half + i)]
+        if options.get("matrix"):
+            pairs = [k for i in range(half) for j in range(half) for k in (i, half + j)]
         pairs += [k for i in range(layers) for k in (i, i)]
         bandwidths = [0.0] * layers if options.get("rbf") else []
         arguments = (
@@ -211,6 +213,7 @@ def cka(architecture, dtypes, widths, directions, exhaustive):
                 call("tiles", dtype, 512, **options)
                 call("gram", dtype, 128, **options)
                 call("feature", dtype, 4096, **options)
+                call("feature", dtype, 4096, layers=4, matrix=True, **options)
 
 
 def layer_projection(architecture, dtypes, widths, directions, exhaustive):

@@ -1,9 +1,12 @@
 """A teacher of another dtype than its student: kernels read both as they are."""
 
+import importlib
+
 import pytest
 import torch
 
 from kdfast.ops import (
+    CKATeacher,
     attention_kl,
     cka,
     cka_matrix,
@@ -17,6 +20,7 @@ from kdfast.ops import (
 pytestmark = pytest.mark.usefixtures("memory_filled_with_nan")
 
 OPERATOR = "attention_kl"  # whose libraries are those of all
+CKA = importlib.import_module("kdfast.ops.cka")  # whose name is the function's
 INTERPRETED = {"test_two_dtypes_equal_the_same_numbers_in_float32"}
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 TWO = [(SINGLE, BRAIN), (BRAIN, SINGLE), (SINGLE, HALF), (HALF, SINGLE)]
@@ -65,10 +69,10 @@ CALLS = {
     "attention js": (lambda *x: attention(*x, direction="js"), (2, 17, 32), 2),
     "attention, teacher's mean": (lambda *x: attention(*x, match_heads="mean"), (1, 17, 32), 2),
     "cka, gram": (alignment(cka), (2, 24, 40), 3),
-    "cka, tiles": (alignment(cka), (130, 24, 40), 1),
+    "cka, gram or tiles": (alignment(cka), (70, 24, 40), 2),
     "cka, feature": (alignment(cka, estimator="unbiased"), (2, 96, 16), 2),
-    "cka of equal widths, feature": (alignment(cka_matrix), (1, 150, 130), 2),
-    "cka, rbf": (alignment(cka, kernel="rbf"), (2, 24, 8), 2),
+    "cka matrix, feature": (alignment(cka_matrix), (1, 420, 130), 2),
+    "cka, rbf": (alignment(cka, kernel="rbf"), (1, 300, 8), 2),
     "cka matrix": (alignment(cka_matrix), (2, 24, 40), 3),
     "hsic": (alignment(hsic), (2, 24, 40), 1),
     "gram distance": (alignment(gram_distance), (2, 24, 40), 2),
@@ -88,11 +92,13 @@ def layers(count, shape, dtype, device):
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtypes", TWO, ids=lambda two: " and ".join(str(x)[6:] for x in two))
-def test_two_dtypes_equal_the_same_numbers_in_float32(kernel, dtypes, name):
+def test_two_dtypes_equal_the_same_numbers_in_float32(kernel, dtypes, name, monkeypatch):
     backend, device = kernel
     call, shape, count = CALLS[name]
     if backend == "cuda":
         pytest.skip("left to triton")
+    sides, side_for = set(), CKA.side_for
+    monkeypatch.setattr(CKA, "side_for", lambda *x: sides.add(side_for(*x)) or side_for(*x))
     students, teachers = (layers(count, shape, dtype, device) for dtype in dtypes)
     if name.endswith("mean"):  # whose gradient the reference alone has
         teachers = [x.detach() for x in teachers]
@@ -100,6 +106,7 @@ def test_two_dtypes_equal_the_same_numbers_in_float32(kernel, dtypes, name):
             for side in (students, teachers)]  # fmt: skip
     loss, expected = call(students, teachers, backend), call(*wide, backend)
     assert loss.dtype == SINGLE
+    assert not name.endswith("feature") or sides == {"feature"}
     # On a GPU what is narrower enters some products as it is, and is multiplied in its precision.
     close = 2**-19 if device == "cpu" else max(ROUNDING[x] for x in dtypes)
     if backend == "triton" and HALF in dtypes:
@@ -142,6 +149,45 @@ def test_one_model_has_one_dtype(name):
     teachers[-1] = teachers[-1].detach().bfloat16()
     with pytest.raises(TypeError, match=r"is bfloat16 but .* is float32; all .* one dtype"):
         call(students, teachers, "auto")
+
+
+@pytest.mark.parametrize("dtypes", TWO, ids=str)
+def test_a_kept_teacher_of_another_dtype_gives_the_same(dtypes):
+    students, teachers = (layers(2, (2, 24, 40), dtype, "cpu") for dtype in dtypes)
+    teachers = [x.detach() for x in teachers]
+    kept = CKATeacher(teachers)
+    for _ in "12":
+        assert torch.equal(kept.cka(students), cka(students, teachers))
+        assert torch.equal(kept.cka_matrix(students), cka_matrix(students, teachers))
+
+
+@pytest.mark.parametrize("name", ["attention", "cka, gram", "projection", "projected states"])
+@pytest.mark.parametrize("dtypes", TWO[:2], ids=str)
+def test_compiled_they_give_the_same(dtypes, name):
+    call, shape, count = CALLS[name]
+    students, teachers = (layers(count, shape, dtype, "cpu") for dtype in dtypes)
+    teachers = [x.detach() for x in teachers]
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for run in (call, compiled):
+        loss = run(students, teachers, "auto")
+        gradients.append(torch.autograd.grad(loss.sum(), students))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == dtypes[0] and torch.equal(ours, theirs)
+
+
+def test_float16_of_a_teacher_without_gradient_leaves_the_fused_pass(monkeypatch):
+    module = importlib.import_module("kdfast.ops.layer_projection")
+    if "cpp" not in module._FUSED or dispatch.explain("layer_projection_loss")[1].reason:
+        pytest.skip("not installed")
+    calls = []
+    fused = module._FUSED["cpp"]
+    monkeypatch.setitem(module._FUSED, "cpp", lambda *x: calls.append(1) or fused(*x))
+    (s,), (t,) = layers(1, (2, 9, 40), SINGLE, "cpu"), layers(1, (2, 9, 40), HALF, "cpu")
+    layer_projection_loss([s], [t.detach()], backend="cpp").backward()
+    assert calls == [1]
+    layer_projection_loss([s], [t], backend="cpp").backward()  # whose gradient might vanish
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("operator", ["attention_kl", "cka", "layer_projection_loss"])
