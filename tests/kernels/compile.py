@@ -207,13 +207,14 @@ def cka(architecture, dtypes, widths, directions, exhaustive):
                 call("tiles", dtype, 640, unbiased=unbiased, rbf=True, masked=False)
     for dtype, of_teacher in TWO_DTYPES if exhaustive else TWO_DTYPES[:1]:
         for unbiased in (False, True) if exhaustive else (True,):
-            for both in (False, True):
+            for both in (False, True) if exhaustive else (False,):
                 options = {"unbiased": unbiased, "both": both, "of_teacher": of_teacher}
                 call("tiles", dtype, 64, **options)
-                call("tiles", dtype, 512, **options)
-                call("gram", dtype, 128, **options)
-                call("feature", dtype, 4096, **options)
                 call("feature", dtype, 4096, layers=4, matrix=True, **options)
+                if exhaustive:
+                    call("tiles", dtype, 512, **options)
+                    call("gram", dtype, 128, **options)
+                    call("feature", dtype, 4096, **options)
 
 
 def layer_projection(architecture, dtypes, widths, directions, exhaustive):
@@ -252,13 +253,14 @@ def layer_projection(architecture, dtypes, widths, directions, exhaustive):
         module.pairs_backward(torch.zeros(()).expand(rows.shape), *options, wanted)
 
     for dtype, of_teacher in TWO_DTYPES if exhaustive else TWO_DTYPES[:1]:
-        for teacher in (False, True):
+        for teacher in (False, True) if exhaustive else (False,):
             options = {"teacher": teacher, "of_teacher": of_teacher}
-            project(dtype, 768, **options)
             loss("mse", dtype, 768, **options)
-            loss("kl", dtype, 3, many=(6, 11), **options)
-            loss("cosine", dtype, 768, losses=True, **options)
             pairs("mse", dtype, 768, **options)
+            if exhaustive:
+                project(dtype, 768, **options)
+                loss("kl", dtype, 3, many=(6, 11), **options)
+                loss("cosine", dtype, 768, losses=True, **options)
     for dtype in dtypes:
         pairs("cosine", dtype, 768)
         pairs("mse", dtype, 4096, teacher=True)

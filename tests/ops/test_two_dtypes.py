@@ -72,7 +72,7 @@ CALLS = {
     "cka, gram or tiles": (alignment(cka), (70, 24, 40), 2),
     "cka, feature": (alignment(cka, estimator="unbiased"), (2, 96, 16), 2),
     "cka matrix, feature": (alignment(cka_matrix), (1, 420, 130), 2),
-    "cka, rbf": (alignment(cka, kernel="rbf"), (1, 300, 8), 2),
+    "cka, rbf": (alignment(cka, kernel="rbf"), (1, 150, 8), 2),
     "cka matrix": (alignment(cka_matrix), (2, 24, 40), 3),
     "hsic": (alignment(hsic), (2, 24, 40), 1),
     "gram distance": (alignment(gram_distance), (2, 24, 40), 2),
