@@ -2,7 +2,7 @@
 
 Each folder of results/ is a machine: results.json of the operators, step.json and scale.json of the
 suites, each with the plots that `kdfast bench --report` drew beside it; or it is what
-`kdfast compare` left.
+`make distill` or `kdfast compare` left.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "results.json": ("Operators", lambda found: operators(found)),
     "step.json": ("Whole steps", lambda found: steps(found)),
     "scale.json": ("Growth", scaling.markdown),
+}
+# By name of the report on trained students: what makes it, and the plots that are shown.
+OF_STUDENTS = {
+    "quickstart": ("make distill", ("scores", "losses")),
+    "comparison": ("kdfast compare comparison", ("differences", "fidelity")),
 }
 SUITES = {"step.json": step, "scale.json": scaling}
 # BERT-base to 6 layers, 256 samples of 128 tokens a GPU. Its operations: 12·D² weights of a layer
@@ -65,15 +70,14 @@ def text(results: Path) -> str:
             lines += [f"![{p.stem}]({p.relative_to(results.parent)})" for p in plots] + [""] * bool(
                 plots
             )
-    for folder in folders:
-        if (folder / "comparison.md").is_file():
-            title = (folder / "comparison.md").read_text(encoding="utf-8").split("\n", 1)[0]
-            lines += [f"### {title.removeprefix('# ')}: `kdfast compare comparison`", ""]
-            lines += [
-                f"[The whole report]({folder.relative_to(results.parent)}/comparison.md).",
-                "",
-            ]
-            plots = [folder / "plots" / f"{name}.png" for name in ("differences", "fidelity")]
+    for name, (command, shown) in OF_STUDENTS.items():
+        for file in (folder / f"{name}.md" for folder in folders):
+            if not file.is_file():
+                continue
+            title = file.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+            lines += [f"### {title}: `{command}`", ""]
+            lines += [f"[The whole report]({file.relative_to(results.parent)}).", ""]
+            plots = [file.parent / "plots" / f"{plot}.png" for plot in shown]
             lines += [f"![{p.stem}]({p.relative_to(results.parent)})" for p in plots] + [""]
     if not any("cuda" in _devices(folder) for folder in folders):
         lines += ["### GPUs", "", "No GPU has run the suite yet: there is no figure to show.", ""]
