@@ -64,15 +64,15 @@ def projection(**options):
 
 # The call, the problems, rows and width of layers, their number.
 CALLS = {
-    "attention": (attention, (2, 33, 32), 4),
-    "attention rows": (lambda *x: attention(*x, reduction="none"), (2, 17, 64), 4),
-    "attention js": (lambda *x: attention(*x, direction="js"), (2, 17, 32), 2),
+    "attention": (attention, (1, 33, 32), 4),
+    "attention rows": (lambda *x: attention(*x, reduction="none"), (1, 17, 64), 4),
+    "attention js": (lambda *x: attention(*x, direction="js"), (1, 17, 32), 2),
     "attention, teacher's mean": (lambda *x: attention(*x, match_heads="mean"), (1, 17, 32), 2),
     "cka, gram": (alignment(cka), (2, 24, 40), 3),
     "cka, gram or tiles": (alignment(cka), (70, 24, 40), 2),
     "cka, feature": (alignment(cka, estimator="unbiased"), (2, 96, 16), 2),
     "cka matrix, feature": (alignment(cka_matrix), (1, 420, 130), 2),
-    "cka, rbf": (alignment(cka, kernel="rbf"), (1, 150, 8), 2),
+    "cka, rbf": (alignment(cka, kernel="rbf"), (1, 100, 8), 2),
     "cka matrix": (alignment(cka_matrix), (2, 24, 40), 3),
     "hsic": (alignment(hsic), (2, 24, 40), 1),
     "gram distance": (alignment(gram_distance), (2, 24, 40), 2),
